@@ -1,0 +1,32 @@
+"""What every vitweave config shares: unknown keywords are refused."""
+
+import difflib
+from dataclasses import fields
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# Keywords that are no fields of PreTrainedConfig but that transformers itself reads or writes in a config.json.
+LIBRARY_KEYS = frozenset(
+    "attn_implementation auto_map base_model_tp_plan experts_implementation is_decoder name_or_path num_labels"
+    " output_attentions per_layer_config pruned_heads quantization_config tie_word_embeddings torch_dtype"
+    " transformers_version use_return_dict".split()
+)
+
+
+@strict
+class VitweaveConfig(PreTrainedConfig):
+    """Base of the vitweave configs.
+
+    transformers keeps any keyword it does not know as an attribute, so a misspelt option would be accepted and ignored;
+    here it is an error that names the closest options.
+    """
+
+    def __post_init__(self, **extra):
+        known = {field.name for field in fields(self)} | set(self.attribute_map) | LIBRARY_KEYS
+        unknown = sorted(name for name in extra if name not in known and not name.startswith("_"))
+        if unknown:
+            hints = {name: difflib.get_close_matches(name, known, n=2) for name in unknown}
+            told = "; ".join(f"{name!r}" + (f" (did you mean {' or '.join(h)}?)" if h else "") for name, h in hints.items())
+            raise ValueError(f"{type(self).__name__} has no option {told}")
+        super().__post_init__(**extra)

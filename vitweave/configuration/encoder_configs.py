@@ -1,0 +1,33 @@
+"""A config, or the dict of one, to a config object: own types first, then transformers' registry."""
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+
+# Asked before transformers' own table, so that a self-contained bundle works where nothing is registered.
+OWN_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "specialized_vit": SpecializedViTConfig,
+}
+
+
+def resolve_config(config: dict | PreTrainedConfig, role: str = "backbone_config") -> PreTrainedConfig:
+    """Turn the dict of any registered vision config into that config.
+
+    Args:
+        config: a config object (returned as it is) or its dict with a `model_type`.
+        role: the option's name, for error messages.
+    """
+    if isinstance(config, PreTrainedConfig):
+        return config
+    options = dict(config)
+    model_type = options.pop("model_type", None)
+    if model_type is None:
+        raise ValueError(f"{role} needs a 'model_type', e.g. 'dinov2'; got the keys {sorted(options)}")
+    if model_type in OWN_CONFIGS:
+        return OWN_CONFIGS[model_type].from_dict(options)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{role} has the unknown model_type {model_type!r}; known are the model types of the installed transformers"
+            f" and {sorted(OWN_CONFIGS)}. If it belongs to another package, import that package first."
+        )
+    return CONFIG_MAPPING[model_type].from_dict(options)

@@ -1,0 +1,32 @@
+"""The classes behind our own model types: asked before the Auto registries.
+
+The imports stand inside the functions because composites import this module and are listed in it, and because a
+self-contained bundle on the Hub, where nothing is registered, resolves its nested parts through here.
+"""
+
+from transformers import AutoBackbone, AutoModel, PreTrainedConfig, PreTrainedModel
+
+
+def _specialized_vit() -> dict[str, type[PreTrainedModel]]:
+    from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone, SpecializedViTModel
+
+    return {"model": SpecializedViTModel, "backbone": SpecializedViTBackbone}
+
+
+OWN_MODELS = {
+    "specialized_vit": _specialized_vit,
+}
+
+
+def build_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The base model of a config (random weights): own types first, then `AutoModel`."""
+    if config.model_type in OWN_MODELS:
+        return OWN_MODELS[config.model_type]()["model"](config)
+    return AutoModel.from_config(config)
+
+
+def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """The backbone of a config (random weights): own types first, then `AutoBackbone`."""
+    if config.model_type in OWN_MODELS:
+        return OWN_MODELS[config.model_type]()["backbone"](config)
+    return AutoBackbone.from_config(config)
