@@ -24,9 +24,11 @@ class VitweaveConfig(PreTrainedConfig):
 
     def __post_init__(self, **extra):
         known = {field.name for field in fields(self)} | set(self.attribute_map) | LIBRARY_KEYS
-        unknown = sorted(name for name in extra if name not in known and not name.startswith("_"))
+        unknown = sorted(name for name in extra if name not in known | {"model_type"} and not name.startswith("_"))
         if unknown:
             hints = {name: difflib.get_close_matches(name, known, n=2) for name in unknown}
-            told = "; ".join(f"{name!r}" + (f" (did you mean {' or '.join(h)}?)" if h else "") for name, h in hints.items())
+            told = "; ".join(
+                f"{name!r}" + (f" (did you mean {' or '.join(h)}?)" if h else "") for name, h in hints.items()
+            )
             raise ValueError(f"{type(self).__name__} has no option {told}")
         super().__post_init__(**extra)

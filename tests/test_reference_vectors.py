@@ -1,0 +1,224 @@
+"""Replays stored reference vectors: what to build is chosen by each sidecar's `kind` and configuration.
+
+`VITWEAVE_REFERENCE_DIR` names a folder of `<topic>/vectors/*.json` with tensors in the `.safetensors` beside each; the
+default is the subset in tests/reference. A new topic adds its kinds to `KINDS`.
+"""
+
+import json
+import os
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AttentionInterface
+
+from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
+from vitweave.modeling.specialized_layers import SpecializedViTLayer
+from vitweave.modeling.specialized_layers import eager_attention
+
+REFERENCE = Path(os.environ.get("VITWEAVE_REFERENCE_DIR") or Path(__file__).parent / "reference")
+CASES = sorted(REFERENCE.glob("*/vectors/*.json"))
+TABLES = sorted(REFERENCE.glob("*/param_counts.json"))
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
+
+
+class Case:
+    """One sidecar and its tensors, cast to the dtype under test."""
+
+    def __init__(self, path: Path, dtype: torch.dtype):
+        self.sidecar = json.loads(path.read_text())
+        self.kind, self.config = self.sidecar["kind"], self.sidecar.get("config", {})
+        self.dtype, self.tolerance = dtype, TOLERANCE[dtype]
+        self.tensors = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(path.with_suffix(".safetensors")).items()
+        }
+
+    def group(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Tensors below `prefix.`, without it."""
+        return {n.removeprefix(prefix + "."): t for n, t in self.tensors.items() if n.startswith(prefix + ".")}
+
+    def check(self, name: str, actual: torch.Tensor):
+        expected = self.tensors[name].to(actual.dtype)
+        torch.testing.assert_close(
+            actual.detach(),
+            expected.reshape(actual.shape) if expected.numel() == 1 else expected,
+            atol=self.tolerance,
+            rtol=self.tolerance,
+            equal_nan=True,
+            msg=lambda text: f"{name}: {text}",
+        )
+
+
+def twin_name(name: str) -> str:
+    """`q_proj.patch.weight` -> `q_proj.weight`, `q_proj.cls.weight` -> `q_proj_cls.weight`, `.cls_up` -> `_cls_up`."""
+    return re.sub(r"\.(cls(?:_down|_up)?)\.", r"_\1.", name.replace(".patch.", "."))
+
+
+def vit_config(facts: dict, **changes) -> SpecializedViTConfig:
+    facts = {**facts, **changes}
+    return SpecializedViTConfig(
+        hidden_size=facts["hidden"],
+        num_hidden_layers=facts["layers"],
+        num_attention_heads=facts["heads"],
+        patch_size=facts["patch"],
+        image_size=facts["image"],
+        mlp_ratio=facts["mlp_ratio"],
+        use_swiglu_ffn=facts["ffn"] == "swiglu",
+        num_register_tokens=facts["registers"],
+        num_cls_tokens=facts["num_cls"],
+        layer_norm_eps=facts["eps"],
+        norm_blocks=facts["norm_blocks"],
+        qkv_blocks=facts["qkv_blocks"],
+        qkv_parts=facts.get("qkv_parts", "qkv"),
+        proj_blocks=facts["proj_blocks"],
+        mlp_blocks=facts["mlp_blocks"],
+        register_role=facts["register_role"],
+        attention_bias="kv" if facts["attention_bias"] else False,
+        specialize_final_norm=facts["final_norm"],
+        cls_rank=facts["rank"],
+        cls_alpha=facts["alpha"] or None,
+    )
+
+
+def load(module: torch.nn.Module, state: dict, unused: list[str], case: Case):
+    state = {twin_name(n): t for n, t in state.items() if not any(fnmatch(n, pattern) for pattern in unused)}
+    module.load_state_dict(state, strict=True)
+    return module.to(case.dtype).eval()
+
+
+def check_vit(case: Case, model: SpecializedViTModel, prefix: str) -> torch.Tensor:
+    outputs = model(case.tensors["input.pixel_values"], output_hidden_states=True)
+    produced = {"last_hidden_state": outputs.last_hidden_state, "pooler_output": outputs.pooler_output}
+    produced |= {f"hidden_states.{index}": state for index, state in enumerate(outputs.hidden_states)}
+    wanted = case.group(prefix)
+    assert wanted
+    for name in wanted:
+        case.check(f"{prefix}.{name}", produced[name])
+    return outputs.last_hidden_state
+
+
+def replay_vit(case: Case):
+    for name, facts in (case.sidecar.get("cases") or {"": {}}).items():
+        changes = {"registers": facts.get("num_register_tokens"), "attention_bias": facts.get("attention_bias")}
+        changes = {key: value for key, value in changes.items() if value is not None}
+        config = vit_config(case.config, **changes)
+        model = load(
+            SpecializedViTModel(config).to(case.dtype), case.group("state"), facts.get("state_keys_not_used", []), case
+        )
+        check_vit(case, model, f"output.{name}" if name else "output")
+
+
+def check_gradients(case: Case, module: torch.nn.Module):
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    checked = [name for name in case.group("grad") if not name.startswith("input.")]
+    assert checked
+    for name in checked:
+        case.check(f"grad.{name}", gradients[twin_name(name)])
+
+
+def replay_vit_grads(case: Case):
+    model = load(SpecializedViTModel(vit_config(case.config)).to(case.dtype), case.group("state"), [], case)
+    (check_vit(case, model, "output") * case.tensors["input.cotangent"]).sum().backward()
+    check_gradients(case, model)
+
+
+def replay_block(case: Case):
+    config = vit_config(case.config)
+    config._attn_implementation = "reference_probe"
+    seen = {}
+
+    def probe(module, query, key, value, *args, **kwargs):
+        tokens = query.shape[2]  # the learnt extra key comes last
+        for name, states in (("q", query), ("k", key[:, :, :tokens]), ("v", value[:, :, :tokens])):
+            seen[name] = states.transpose(1, 2).flatten(2)
+        context, seen["attention_probs"] = eager_attention(module, query, key, value, *args, **kwargs)
+        seen["context"] = context.flatten(2)
+        return context, seen["attention_probs"]
+
+    AttentionInterface.register("reference_probe", probe)
+    block = load(SpecializedViTLayer(config, index=0).to(case.dtype), case.group("state"), [], case)
+
+    def remember_input(name):  # norms are whole only where they are read
+        return lambda module, args: seen.__setitem__(name, args[0])
+
+    block.attention.register_forward_pre_hook(remember_input("norm1"))
+    block.mlp.register_forward_pre_hook(remember_input("norm2"))
+    block.norm2.register_forward_pre_hook(remember_input("residual1"))
+    block.attention.register_forward_hook(lambda module, args, output: seen.__setitem__("attn_out", output[0]))
+    block.mlp.register_forward_hook(lambda module, args, output: seen.__setitem__("mlp_out", output))
+    hidden_states = case.tensors["input.hidden_states"].requires_grad_()
+    seen["hidden_states"] = block(hidden_states)
+    for name in case.group("output"):
+        case.check(f"output.{name}", seen[name])
+    (seen["hidden_states"] * case.tensors["input.cotangent"]).sum().backward()
+    case.check("grad.input.hidden_states", hidden_states.grad)
+    check_gradients(case, block)
+
+
+KINDS = {
+    "vit": replay_vit,
+    "vit_native_lowrank": replay_vit,
+    "vit_grads": replay_vit_grads,
+    "block": replay_block,
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("path", CASES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+def test_vector(path: Path, dtype: torch.dtype):
+    case = Case(path, dtype)
+    assert case.kind in KINDS, f"{path.name} is of the unknown kind {case.kind!r}; known: {sorted(KINDS)}"
+    KINDS[case.kind](case)
+
+
+def count_flags(row: str, facts: dict) -> dict:
+    """The configuration behind a row of a table of added parameters."""
+    third = facts["first_third_ceil" if "ceil" in row else "first_third_floor"]
+    blocks = facts["layers"] if "all_blocks" in row else third
+    low_rank = re.search(r"lowrank_qkv.*_r(\d+)_(separate|fused)", row)
+    norm = row.startswith(("norm", "layernorm"))
+    return {
+        "specialize_norm": norm,
+        "specialize_layer_scale": not row.startswith("layernorm_only"),
+        "specialize_final_norm": "final_norm" in row,
+        "qkv_blocks": blocks if "qkv" in row else 0,
+        "proj_blocks": third if "proj" in row else 0,
+        "mlp_blocks": third if "mlp" in row else 0,
+        "cls_rank": int(low_rank[1]) if low_rank else 0,
+        "cls_rank_fused": bool(low_rank) and low_rank[2] == "fused",
+        "attention_bias": "kv" if "attention_bias" in row else False,
+    }
+
+
+def count_parameters(facts: dict, registers: int = 0, **flags) -> int:
+    plain = {"specialize_norm": False, "qkv_blocks": 0} | flags
+    config = SpecializedViTConfig(
+        hidden_size=facts["hidden"],
+        num_hidden_layers=facts["layers"],
+        num_attention_heads=facts["heads"],
+        intermediate_size=facts["ffn_hidden"],
+        use_swiglu_ffn=facts["ffn"] == "swiglu",
+        image_size=518,
+        num_register_tokens=registers,
+        **plain,
+    )
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in SpecializedViTModel(config).parameters())
+
+
+ROWS = [(table.parts[-2], name, facts) for table in TABLES for name, facts in json.loads(table.read_text()).items()]
+
+
+@pytest.mark.parametrize(("topic", "name", "facts"), ROWS, ids=[f"{topic}-{name}" for topic, name, _ in ROWS])
+def test_parameter_table(topic: str, name: str, facts: dict):
+    vanilla = count_parameters(facts)
+    assert vanilla == facts["vanilla"]
+    assert count_parameters(facts, registers=4) == facts["vanilla_reg4"]
+    added = {row: count_parameters(facts, **count_flags(row, facts)) - vanilla for row in facts["added"]}
+    assert added == facts["added"]
+    assert {row: round(100 * count / vanilla, 4) for row, count in added.items()} == facts["percent"]

@@ -1,0 +1,332 @@
+"""Specialised ViT: [CLS] and patch tokens own separate norms and early QKV projections (arXiv:2602.08626)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BackboneOutput
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.modeling.pretrained import VitweavePreTrainedModel
+from vitweave.modeling.specialized_layers import ClassAttentionLayer
+from vitweave.modeling.specialized_layers import SpecializedViTAttention
+from vitweave.modeling.specialized_layers import SpecializedViTLayer
+from vitweave.modeling.specialized_layers import add_bias
+from vitweave.modeling.tokens import LayerScale
+from vitweave.modeling.tokens import by_role
+from vitweave.modeling.tokens import tokens_to_map
+from vitweave.modeling.vit_embeddings import RelativePositionBias
+from vitweave.modeling.vit_embeddings import SpecializedViTEmbeddings
+from vitweave.modeling.vit_embeddings import rotary_tables
+
+
+@dataclass
+class EncoderOutput(BaseModelOutput):
+    """`kept`: the requested residual streams (batch, tokens, hidden), in the order of the request."""
+
+    kept: tuple[Tensor, ...] | None = None
+
+
+class SpecializedViTPreTrainedModel(VitweavePreTrainedModel):
+    """Initialisation and loading shared by the specialised ViT classes."""
+
+    config_class = SpecializedViTConfig
+    base_model_prefix = "specialized_vit"
+    _no_split_modules = ["SpecializedViTEmbeddings", "SpecializedViTLayer", "ClassAttentionLayer"]
+    _can_record_outputs = {"hidden_states": SpecializedViTLayer, "attentions": SpecializedViTAttention}
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, SpecializedViTEmbeddings):
+            init.trunc_normal_(module.cls_token, mean=0.0, std=std)
+            for tokens in (module.register_tokens, module.position_embeddings):
+                if tokens is not None:
+                    init.trunc_normal_(tokens, mean=0.0, std=std)
+            if module.mask_token is not None:
+                init.zeros_(module.mask_token)
+        elif isinstance(module, LayerScale):
+            init.constant_(module.lambda1, module.value)
+        elif isinstance(module, RelativePositionBias):
+            init.zeros_(module.relative_position_bias_table)
+        elif isinstance(module, SpecializedViTAttention) and self.config.attention_bias:
+            init.normal_(module.bias_k, mean=0.0, std=self.config.attention_bias_init)
+            init.normal_(module.bias_v, mean=0.0, std=self.config.attention_bias_init)
+        init_twins(module, equal=self.config.cls_init == "equal")
+
+
+def init_twins(module: nn.Module, equal: bool):
+    """Low-rank updates start at zero; with `equal`, full [CLS] twins start as their patch layers."""
+    for name, child in module.named_children():
+        if name.endswith("_cls_down"):
+            init.kaiming_uniform_(child.weight, a=5**0.5)
+        elif name.endswith("_cls_up"):
+            init.zeros_(child.weight)
+        elif name.endswith("_cls") and isinstance(child, nn.Linear) and equal:
+            patch_layer = getattr(module, name.removesuffix("_cls"))
+            init.copy_(child.weight, patch_layer.weight)
+            if child.bias is not None:
+                init.copy_(child.bias, patch_layer.bias)
+
+
+class SpecializedViTEncoder(SpecializedViTPreTrainedModel):
+    """The blocks. Runs as deep as asked and keeps only the residual streams asked for."""
+
+    def __init__(self, config: SpecializedViTConfig):
+        super().__init__(config)
+        self.layer = nn.ModuleList(SpecializedViTLayer(config, index) for index in range(config.num_hidden_layers))
+        self.class_layer = nn.ModuleList(ClassAttentionLayer(config) for _ in range(config.class_attention_layers))
+        shared_bias = config.relative_position_bias == "shared"
+        self.shared_relative_position_bias = RelativePositionBias(config) if shared_bias else None
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        grid: tuple[int, int],
+        attention_mask: Tensor | None = None,
+        keep: tuple[int, ...] = (),
+        stop_at: int | None = None,
+        **kwargs,
+    ) -> EncoderOutput:
+        """Run the blocks.
+
+        Args:
+            hidden_states: (batch, tokens, hidden), the embeddings.
+            grid: patches per column and row.
+            attention_mask: (batch, tokens), 1 or True = visible.
+            keep: layers whose residual stream is returned in `kept`; 0 = embeddings, n = after block n.
+            stop_at: number of blocks to run; None = all of them, and the class-attention layers.
+        """
+        rotary, blocks_rotary = None, None
+        if self.config.position_embedding_type == "rotary":
+            blocks_rotary = rotary = rotary_tables(self.config, grid, hidden_states, self.training)
+        mask = None
+        if attention_mask is not None:
+            mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        if self.shared_relative_position_bias is not None:
+            mask = add_bias(mask, self.shared_relative_position_bias(grid).to(hidden_states.dtype))
+        block_mask, skipped = mask, self.config.num_cls_tokens if self.class_layer else 0
+        if skipped:  # the blocks see no class token
+            block_mask = None if mask is None else mask[..., skipped:, skipped:]
+            blocks_rotary = None if rotary is None else tuple(table[skipped:] for table in rotary)
+
+        states = {0: hidden_states} if 0 in keep else {}
+        for depth, layer in enumerate(self.layer[:stop_at], start=1):
+            hidden_states = layer(hidden_states, block_mask, blocks_rotary, grid=grid, **kwargs)
+            if depth in keep:
+                states[depth] = hidden_states
+        for layer in self.class_layer if stop_at is None else ():
+            hidden_states = layer(hidden_states, mask, **kwargs)
+        return EncoderOutput(last_hidden_state=hidden_states, kept=tuple(states[depth] for depth in keep))
+
+
+class SpecializedViTTrunk(SpecializedViTPreTrainedModel):
+    """Embeddings, blocks and final norm: what the model and the backbone share."""
+
+    def __init__(self, config: SpecializedViTConfig):
+        super().__init__(config)
+        self.embeddings = SpecializedViTEmbeddings(config)
+        self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_norm else None
+        self.encoder = SpecializedViTEncoder(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.specialize_final_norm:
+            self.layernorm_cls = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def embed(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """Images to the input of block 0 and the patch grid."""
+        hidden_states, grid = self.embeddings(pixel_values, bool_masked_pos)
+        if self.pre_layernorm is not None:
+            hidden_states = self.pre_layernorm(hidden_states)
+        return hidden_states, grid
+
+
+class SpecializedViTModel(SpecializedViTTrunk):
+    """The encoder: token sequence and one pooled vector per image.
+
+    A vanilla ViT becomes one by `SpecializedViTModel.from_vit(model_or_id, **flags)`, with unchanged outputs.
+    """
+
+    def __init__(self, config: SpecializedViTConfig):
+        super().__init__(config)
+        self.pooler = Pooler(config) if config.use_pooler else None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: (batch, channels, height, width); any size of at least one patch.
+            bool_masked_pos: (batch, patches), True where the mask token replaces the patch.
+            attention_mask: (batch, tokens), 1 = visible, in the order [CLS.., registers.., patches..].
+
+        Returns:
+            last_hidden_state (batch, tokens, hidden) after the final norm (before it where `final_norm="pooled"`),
+            pooler_output (batch, hidden), and on request hidden_states (embeddings and every block) and attentions.
+        """
+        hidden_states, grid = self.embed(pixel_values, bool_masked_pos)
+        outputs = self.encoder(hidden_states, grid, attention_mask, **kwargs)
+        tokens, pooled = self.pool(outputs.last_hidden_state)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tokens,
+            pooler_output=pooled,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def pool(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Final norm and pooling: (batch, tokens, hidden) -> the same and (batch, hidden)."""
+        config = self.config
+        if config.final_norm == "tokens":
+            tokens = by_role(self, "layernorm", config.num_cls_rows, tokens)
+        pooled = (
+            tokens[:, :1] if config.pooling == "cls" else tokens[:, config.num_prefix_tokens :].mean(1, keepdim=True)
+        )
+        if config.final_norm == "pooled":
+            pooled = by_role(self, "layernorm", int(config.pooling == "cls"), pooled)
+        pooled = pooled[:, 0]
+        return tokens, pooled if self.pooler is None else self.pooler(pooled)
+
+
+class Pooler(nn.Module):
+    """Dense layer and activation on the pooled vector (ViT, DeiT)."""
+
+    def __init__(self, config: SpecializedViTConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.pooler_output_size or config.hidden_size)
+        self.activation = ACT2FN[config.pooler_act]
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.activation(self.dense(pooled))
+
+
+class SpecializedViTBackbone(BackboneMixin, SpecializedViTTrunk):
+    """Feature maps of the layers in `out_indices` (0 = "stem", the embeddings; n = "stage<n>", after block n).
+
+    Runs no block beyond the deepest layer asked for, unless all hidden states are requested.
+    """
+
+    def __init__(self, config: SpecializedViTConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> BackboneOutput:
+        """Encode images (batch, channels, height, width).
+
+        Returns:
+            feature_maps, one per out index: (batch, hidden, height / patch, width / patch), or with
+            `reshape_hidden_states=False` (batch, tokens, hidden); after the final norm if `apply_layernorm`.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        deepest = None if output_hidden_states else max(self.out_indices)
+        if deepest == self.config.num_hidden_layers:
+            deepest = None
+        hidden_states, grid = self.embed(pixel_values)
+        outputs = self.encoder(
+            hidden_states,
+            grid,
+            attention_mask,
+            keep=tuple(self.out_indices),
+            stop_at=deepest,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        return BackboneOutput(
+            feature_maps=tuple(self.to_map(state, grid) for state in outputs.kept),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def to_map(self, state: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Norm and reshape one residual stream as the config asks."""
+        if not self.config.reshape_hidden_states:
+            return by_role(self, "layernorm", self.config.num_cls_rows, state) if self.config.apply_layernorm else state
+        patches = state[:, self.config.num_prefix_tokens :]
+        return tokens_to_map(self.layernorm(patches) if self.config.apply_layernorm else patches, grid).contiguous()
+
+
+class SpecializedViTForImageClassification(SpecializedViTPreTrainedModel):
+    """Linear classifier on the class token, the patch mean or both (`classifier_input`)."""
+
+    accepts_loss_kwargs = True  # the loss below divides by num_items_in_batch
+
+    def __init__(self, config: SpecializedViTConfig):
+        super().__init__(config)
+        self.loss_type = "ForImageClassification"
+        self.specialized_vit = SpecializedViTModel(config)
+        width = config.hidden_size
+        if config.classifier_input == "pooled" and config.use_pooler:
+            width = config.pooler_output_size or width
+        if config.classifier_input == "cls_mean":
+            width = 2 * width
+        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels else nn.Identity()
+        if config.classifier_input == "cls_distilled":
+            self.classifier_distilled = nn.Linear(width, config.num_labels) if config.num_labels else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> ImageClassifierOutput:
+        """Classify images (batch, channels, height, width); labels (batch,) are class ids.
+
+        Returns:
+            logits (batch, num_labels), and the loss when labels are given.
+        """
+        loss_options = {key: kwargs.pop(key) for key in ("num_items_in_batch",) if key in kwargs}
+        outputs = self.specialized_vit(pixel_values, attention_mask=attention_mask, **kwargs)
+        logits = self.classify(outputs.last_hidden_state, outputs.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **loss_options)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def classify(self, tokens: Tensor, pooled: Tensor) -> Tensor:
+        """Logits of (batch, tokens, hidden) and (batch, hidden)."""
+        kind = self.config.classifier_input
+        if kind == "pooled":
+            return self.classifier(pooled)
+        if kind == "cls":
+            return self.classifier(tokens[:, 0])
+        if kind == "cls_distilled":
+            return (self.classifier(tokens[:, 0]) + self.classifier_distilled(tokens[:, 1])) / 2
+        mean = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
+        return self.classifier(mean if kind == "mean" else torch.cat((tokens[:, 0], mean), dim=1))

@@ -1,0 +1,96 @@
+"""Token sequences and maps: splitting, reshaping, and running a layer by the role of each token."""
+
+import torch
+from torch import Tensor, nn
+
+
+def split_prefix(tokens: Tensor, num_cls: int, num_registers: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a ViT sequence into class, register and patch tokens.
+
+    Args:
+        tokens: (batch, num_cls + num_registers + patches, hidden), class tokens first.
+
+    Returns:
+        cls (batch, num_cls, hidden), registers (batch, num_registers, hidden), patches (batch, patches, hidden).
+    """
+    rest = tokens[:, num_cls:]
+    return tokens[:, :num_cls], rest[:, :num_registers], rest[:, num_registers:]
+
+
+def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(batch, height * width, hidden) -> (batch, hidden, height, width)."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def add_linear(
+    parent: nn.Module,
+    name: str,
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    specialized: bool,
+    cls_rank: int,
+    down: str | None = None,
+):
+    """Give `parent` the linear layer `name` and, if specialised, its [CLS] twin or its rank-`cls_rank` update.
+
+    Args:
+        down: name of the update's down-projection, by default `<name>_cls_down`; layers that name the same share it.
+    """
+    setattr(parent, name, nn.Linear(in_features, out_features, bias=bias))
+    if specialized and cls_rank:
+        down = down or f"{name}_cls_down"
+        if not hasattr(parent, down):
+            setattr(parent, down, nn.Linear(in_features, cls_rank, bias=False))
+        setattr(parent, f"{name}_cls_up", nn.Linear(cls_rank, out_features, bias=False))
+    elif specialized:
+        setattr(parent, f"{name}_cls", nn.Linear(in_features, out_features, bias=bias))
+
+
+def by_role(parent: nn.Module, name: str, num_cls_rows: int, *inputs: Tensor) -> Tensor:
+    """Run the token-wise layer `parent.<name>` with the weights that each token's role owns.
+
+    The patch layer runs on all rows and the few [CLS] rows are then overwritten: in eager mode this is the fastest of the
+    equivalent forms, because nothing long is split or concatenated. Layers are called as modules, so adapters, hooks and
+    quantised replacements keep working. The overwrite is in place, which autograd allows for the outputs of linear,
+    norm and LayerScale layers.
+
+    Args:
+        inputs: the layer's arguments, each (batch, tokens, hidden) with the [CLS] rows first.
+    """
+    output = getattr(parent, name)(*inputs)
+    twin = getattr(parent, f"{name}_cls", None)
+    if twin is not None:
+        output[:, :num_cls_rows] = twin(*(rows[:, :num_cls_rows] for rows in inputs)).to(output.dtype)
+        return output
+    up = getattr(parent, f"{name}_cls_up", None)
+    if up is not None:
+        down = getattr(parent, f"{name}_cls_down", None) or parent.qkv_cls_down
+        output[:, :num_cls_rows] += parent.cls_scale * up(down(inputs[0][:, :num_cls_rows]))
+    return output
+
+
+class LayerScale(nn.Module):
+    """Residual connection with one learnt factor per channel: residual + lambda * branch (arXiv:2103.17239)."""
+
+    def __init__(self, hidden_size: int, value: float):
+        super().__init__()
+        self.value = value
+        self.lambda1 = nn.Parameter(torch.full((hidden_size,), float(value)))
+
+    def forward(self, branch: Tensor, residual: Tensor) -> Tensor:
+        return torch.addcmul(residual, branch, self.lambda1)
+
+
+class DropPath(nn.Module):
+    """Drops a whole sample's residual branch in training (arXiv:1603.09382); all its tokens share the draw."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return branch
+        keep = torch.empty(branch.shape[0], 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(1 - self.rate)
+        return branch * (keep / (1 - self.rate))
