@@ -3,9 +3,11 @@
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
+from vitweave.modeling.modeling_specialized_vit import (
+    SpecializedViTBackbone,
+    SpecializedViTForImageClassification,
+    SpecializedViTModel,
+)
 
 # config class, {Auto class: model class}, image processors by backend (None = the host's own)
 FAMILIES = (

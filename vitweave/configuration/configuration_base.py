@@ -8,9 +8,11 @@ from transformers import PreTrainedConfig
 
 # Keywords that are no fields of PreTrainedConfig but that transformers itself reads or writes in a config.json.
 LIBRARY_KEYS = frozenset(
-    "attn_implementation auto_map base_model_tp_plan experts_implementation is_decoder name_or_path num_labels"
-    " output_attentions per_layer_config pruned_heads quantization_config tie_word_embeddings torch_dtype"
-    " transformers_version use_return_dict".split()
+    [
+        *("attn_implementation", "experts_implementation", "output_attentions", "per_layer_config", "use_return_dict"),
+        *("auto_map", "model_type", "name_or_path", "num_labels", "torch_dtype", "transformers_version"),
+        *("base_model_tp_plan", "is_decoder", "pruned_heads", "quantization_config", "tie_word_embeddings"),
+    ]
 )
 
 
@@ -24,7 +26,7 @@ class VitweaveConfig(PreTrainedConfig):
 
     def __post_init__(self, **extra):
         known = {field.name for field in fields(self)} | set(self.attribute_map) | LIBRARY_KEYS
-        unknown = sorted(name for name in extra if name not in known | {"model_type"} and not name.startswith("_"))
+        unknown = sorted(name for name in extra if name not in known and not name.startswith("_"))
         if unknown:
             hints = {name: difflib.get_close_matches(name, known, n=2) for name in unknown}
             told = "; ".join(

@@ -58,8 +58,8 @@ class SpecializedViTConfig(BackboneConfigMixin, VitweaveConfig):
         num_cls_tokens: class-like tokens at the start; 2 for a distilled DeiT.
         attention_bias: "kv" adds one learnt key and value per head, seen by every query (arXiv:2402.17762).
         attention_bias_init: standard deviation of that key and value at the start.
-        cls_rank, cls_alpha: 0 = full [CLS] weights; r > 0 = the shared weights plus a rank-r update scaled by alpha / r
-            on the [CLS] rows, for the linear layers (the norms stay full).
+        cls_rank, cls_alpha: 0 = full [CLS] weights; r > 0 = the shared weights plus a rank-r update scaled by
+            alpha / r on the [CLS] rows, for the linear layers (the norms stay full).
         cls_rank_fused: q, k and v share the down-projection, as in the low-rank update of one fused qkv matrix.
         cls_init: from scratch, linear weights of the two roles are drawn "independent" or start "equal".
         class_attention_layers: CaiT's alternative (arXiv:2103.17239) for comparison: the blocks see no class token, and
@@ -70,15 +70,15 @@ class SpecializedViTConfig(BackboneConfigMixin, VitweaveConfig):
         intermediate_size: width of the MLP; None = hidden_size * mlp_ratio (SwiGLU: 2/3 of it, rounded up to 8).
         layerscale_value: start value, None = no LayerScale.
         position_embedding_type: "learned" table, "rotary" on the patches (DINOv3), or "none".
-        position_interpolation: how the table is resampled to another grid; DINOv2 with registers uses the antialiased one.
+        position_interpolation: how the table is resampled to another grid; antialiased for DINOv2 with registers.
         position_for_cls: the table has entries for the class tokens (DeiT-III's covers patches only).
         pos_embed_shift, pos_embed_jitter, pos_embed_rescale: DINOv3's random change of coordinates in training.
         relative_position_bias: BEiT's, one table "per_layer" or one "shared".
         pre_norm: a norm before block 0 (CLIP).
         final_norm: applied to the "tokens" or to the "pooled" vector alone (CLIP, mean-pooled BEiT).
         pooling: "cls" or the "mean" of the patches; use_pooler adds a dense layer and `pooler_act` (ViT).
-        classifier_input: what the classifier reads: "cls", "cls_mean" ([CLS] and patch mean, DINOv2), "mean", "pooled", or
-            "cls_distilled" (the mean of two classifiers on the two class tokens, distilled DeiT).
+        classifier_input: what the classifier reads: "cls", "cls_mean" ([CLS] and patch mean, DINOv2), "mean", "pooled",
+            or "cls_distilled" (the mean of two classifiers on the two class tokens, distilled DeiT).
         apply_layernorm, reshape_hidden_states: as in transformers' backbones: final norm on every map; maps
             (batch, hidden, height, width) or sequences (batch, tokens, hidden) that keep the prefix tokens.
     """
@@ -227,7 +227,8 @@ class SpecializedViTConfig(BackboneConfigMixin, VitweaveConfig):
             )
         if self.relative_position_bias and self.num_prefix_tokens != 1:
             raise ValueError(
-                f"relative_position_bias knows one class token and no registers, got {self.num_prefix_tokens} prefix tokens"
+                "relative_position_bias knows one class token and no registers,"
+                f" got {self.num_prefix_tokens} prefix tokens"
             )
         if self.classifier_input == "cls_distilled" and self.num_cls_tokens != 2:
             raise ValueError(f"classifier_input='cls_distilled' needs num_cls_tokens=2, got {self.num_cls_tokens}")

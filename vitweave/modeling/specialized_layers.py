@@ -10,12 +10,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
-from vitweave.modeling.tokens import DropPath
-from vitweave.modeling.tokens import LayerScale
-from vitweave.modeling.tokens import add_linear
-from vitweave.modeling.tokens import by_role
-from vitweave.modeling.vit_embeddings import RelativePositionBias
-from vitweave.modeling.vit_embeddings import rotate
+from vitweave.modeling.tokens import DropPath, LayerScale, add_linear, by_role
+from vitweave.modeling.vit_embeddings import RelativePositionBias, rotate
 
 
 def eager_attention(
@@ -43,9 +39,9 @@ def eager_attention(
 class SpecializedViTAttention(nn.Module):
     """Joint self-attention over all tokens; q, k, v and the output projection may own [CLS] twins.
 
-    With `attention_bias="kv"` every query also sees one learnt key and value per head (the form of arXiv:2402.17762). They
-    are never specialised and never rotated, and stay visible under any mask; the attention weights then have one extra
-    column, the last.
+    With `attention_bias="kv"` every query also sees one learnt key and value per head (the form of arXiv:2402.17762).
+    They are never specialised and never rotated, and stay visible under any mask; the attention weights then have one
+    extra column, the last.
     """
 
     def __init__(self, config: SpecializedViTConfig, index: int):

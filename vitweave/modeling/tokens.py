@@ -50,10 +50,10 @@ def add_linear(
 def by_role(parent: nn.Module, name: str, num_cls_rows: int, *inputs: Tensor) -> Tensor:
     """Run the token-wise layer `parent.<name>` with the weights that each token's role owns.
 
-    The patch layer runs on all rows and the few [CLS] rows are then overwritten: in eager mode this is the fastest of the
-    equivalent forms, because nothing long is split or concatenated. Layers are called as modules, so adapters, hooks and
-    quantised replacements keep working. The overwrite is in place, which autograd allows for the outputs of linear,
-    norm and LayerScale layers.
+    The patch layer runs on all rows and the few [CLS] rows are then overwritten: in eager mode this is the fastest of
+    the equivalent forms, because nothing long is split or concatenated. Layers are called as modules, so adapters,
+    hooks and quantised replacements keep working. The overwrite is in place, which autograd allows for the outputs of
+    linear, norm and LayerScale layers.
 
     Args:
         inputs: the layer's arguments, each (batch, tokens, hidden) with the [CLS] rows first.

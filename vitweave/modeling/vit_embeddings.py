@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
-from vitweave.configuration.configuration_specialized_vit import as_pair
+from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig, as_pair
 
 
 class PatchEmbeddings(nn.Module):
@@ -36,7 +35,7 @@ def check_pixel_values(pixel_values: Tensor, num_channels: int, patch_size: tupl
     channels, height, width = pixel_values.shape[1:]
     if channels != num_channels:
         raise ValueError(
-            f"expected {num_channels} image channels, got {channels} in pixel_values of shape {tuple(pixel_values.shape)};"
+            f"expected {num_channels} image channels, got {channels} in pixel_values {tuple(pixel_values.shape)};"
             " convert the images (e.g. to RGB) or build the model with num_channels to match"
         )
     if height < patch_size[0] or width < patch_size[1]:
@@ -122,8 +121,8 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of DINOv3's axial rotary positions (arXiv:2508.10104).
 
-    Patch centres lie in [-1, 1] on both axes; a quarter of the head size serves as frequencies for each axis. Prefix tokens
-    get angle 0, which leaves them unrotated.
+    Patch centres lie in [-1, 1] on both axes; a quarter of the head size serves as frequencies for each axis. Prefix
+    tokens get angle 0, which leaves them unrotated.
 
     Args:
         like: a tensor of the model's dtype and device.
@@ -167,8 +166,8 @@ def rotate(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class RelativePositionBias(nn.Module):
     """BEiT's learnt attention bias per head and relative patch position (arXiv:2106.08254).
 
-    The table is laid out (2 height - 1) x (2 width - 1) for the stored grid, followed by the entries [CLS] to patch, patch
-    to [CLS] and [CLS] to [CLS]; for another grid the first part is resampled bilinearly.
+    The table is laid out (2 height - 1) x (2 width - 1) for the stored grid, followed by the entries [CLS] to patch,
+    patch to [CLS] and [CLS] to [CLS]; for another grid the first part is resampled bilinearly.
     """
 
     def __init__(self, config: SpecializedViTConfig):
