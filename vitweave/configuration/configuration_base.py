@@ -1,10 +1,13 @@
 """What every vitweave config shares: unknown keywords are refused."""
 
 import difflib
+import logging
 from dataclasses import fields
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+logger = logging.getLogger(__name__)
 
 # Keywords that are no fields of PreTrainedConfig but that transformers itself reads or writes in a config.json.
 LIBRARY_KEYS = frozenset(
@@ -21,7 +24,8 @@ class VitweaveConfig(PreTrainedConfig):
     """Base of the vitweave configs.
 
     transformers keeps any keyword it does not know as an attribute, so a misspelt option would be accepted and ignored;
-    here it is an error that names the closest options.
+    here it is an error that names the closest options. A saved config.json may hold extra entries (written by a newer
+    version, or attributes set by hand): those are kept, with a warning.
     """
 
     def __post_init__(self, **extra):
@@ -32,5 +36,7 @@ class VitweaveConfig(PreTrainedConfig):
             told = "; ".join(
                 f"{name!r}" + (f" (did you mean {' or '.join(h)}?)" if h else "") for name, h in hints.items()
             )
-            raise ValueError(f"{type(self).__name__} has no option {told}")
+            if self.transformers_version is None:
+                raise ValueError(f"{type(self).__name__} has no option {told}")
+            logger.warning("this config.json holds options that %s does not read: %s", type(self).__name__, told)
         super().__post_init__(**extra)

@@ -251,16 +251,15 @@ class SpecializedViTBackbone(BackboneMixin, SpecializedViTTrunk):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        deepest = None if output_hidden_states else max(self.out_indices)
-        if deepest == self.config.num_hidden_layers:
-            deepest = None
+        wanted = tuple(self.stage_names.index(name) for name in self.out_features)
+        stop_at = None if output_hidden_states or wanted[-1] == self.config.num_hidden_layers else wanted[-1]
         hidden_states, grid = self.embed(pixel_values)
         outputs = self.encoder(
             hidden_states,
             grid,
             attention_mask,
-            keep=tuple(self.out_indices),
-            stop_at=deepest,
+            keep=wanted,
+            stop_at=stop_at,
             output_hidden_states=output_hidden_states,
             **kwargs,
         )

@@ -1,0 +1,95 @@
+"""What transformers' own common tests need to know about our classes.
+
+Read by a runner that builds transformers' test mixins around out-of-tree classes (`--spec tests/hf_suite_spec.py`).
+"""
+
+import copy
+import importlib
+from unittest import mock
+
+import torch
+from hf_model_suite import ModelSuiteSpec
+from transformers import BitImageProcessorPil
+
+import vitweave  # noqa: F401  (registers the classes)
+from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.modeling.modeling_specialized_vit import (
+    SpecializedViTBackbone,
+    SpecializedViTForImageClassification,
+    SpecializedViTModel,
+)
+
+SIZE = {"height": 30, "width": 30}
+TINY_VIT = {
+    "image_size": 30,
+    "patch_size": 6,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "mlp_ratio": 2,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "use_mask_token": False,
+    "attn_implementation": "eager",
+}
+
+
+def tiny_vit(**changes) -> SpecializedViTConfig:
+    return SpecializedViTConfig(**TINY_VIT | {"qkv_blocks": 1, "proj_blocks": 1, "mlp_blocks": 1} | changes)
+
+
+def mismatched_shapes_with_switches(self):
+    """The mixin's test sets every option with "layer_scale" in its name to 1e-10; ours is a switch and keeps its value."""
+    common = importlib.import_module("tests.test_modeling_common")
+
+    def small_init(config):
+        config = copy.deepcopy(config)
+        config.initializer_range = 1e-10
+        return config
+
+    with mock.patch.object(common, "_config_zero_init", small_init):
+        common.ModelTesterMixin.test_can_load_ignoring_mismatched_shapes(self)
+
+
+def pixels(batch: int = 13, size: tuple[int, int] = (30, 30)) -> dict:
+    return {"pixel_values": torch.rand(batch, 3, *size)}
+
+
+def specialized_vit(name: str, skips: dict | None = None, **changes) -> ModelSuiteSpec:
+    prefix = tiny_vit(**changes).num_prefix_tokens
+    return ModelSuiteSpec(
+        name=name,
+        config_class=SpecializedViTConfig,
+        make_config=lambda: tiny_vit(**changes),
+        make_inputs=lambda config: pixels(),
+        other_inputs=lambda config: pixels(2, (42, 24)),
+        model_classes=[SpecializedViTModel, SpecializedViTForImageClassification, SpecializedViTBackbone],
+        base_model_classes=[SpecializedViTModel],
+        backbone_classes=[SpecializedViTBackbone],
+        classification_classes=[SpecializedViTForImageClassification],
+        seq_length=25 + prefix,
+        config_kwargs={"hidden_size": 36},
+        skips=skips or {},
+        overrides={"test_can_load_ignoring_mismatched_shapes": mismatched_shapes_with_switches},
+        pipelines={
+            "image-classification": SpecializedViTForImageClassification,
+            "image-feature-extraction": SpecializedViTModel,
+        },
+        pipeline_image_processor=lambda: BitImageProcessorPil(size=SIZE, crop_size=SIZE),
+    )
+
+
+def specs() -> list[ModelSuiteSpec]:
+    return [
+        specialized_vit("specialized_vit"),
+        specialized_vit("specialized_vit_registers", num_register_tokens=2, register_role="cls", use_swiglu_ffn=True),
+        specialized_vit("specialized_vit_rotary", position_embedding_type="rotary", layerscale_value=None, cls_rank=2),
+        specialized_vit(
+            "class_attention_vit",
+            skips={"test_attention_outputs": "the blocks see no class token, so their attention maps lack it"},
+            class_attention_layers=1,
+            qkv_blocks="none",
+            proj_blocks="none",
+            mlp_blocks="none",
+        ),
+    ]
