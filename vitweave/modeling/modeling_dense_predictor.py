@@ -1,0 +1,178 @@
+"""Predictions per pixel: any registered backbone under a head."""
+
+from dataclasses import fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SemanticSegmenterOutput
+from transformers.utils.generic import can_return_tuple
+
+from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.modeling.heads.base import SegmentationHead
+from vitweave.modeling.heads.registry import SEGMENTATION_HEADS, build_segmentation_head
+from vitweave.modeling.losses import SegmentationLoss
+from vitweave.modeling.own_models import build_backbone
+from vitweave.modeling.pretrained import VitweavePreTrainedModel
+
+
+class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
+    """The part under the head: the backbone, its maps, and whether it is frozen."""
+
+    config: DensePredictorConfig
+    base_model_prefix = "backbone"
+    accepts_loss_kwargs = False  # the losses are means of their own; Trainer must not scale them
+    _no_split_modules = sorted(head.__name__ for head in SEGMENTATION_HEADS.values())
+
+    def __init__(self, config: DensePredictorConfig, backbone: PreTrainedModel | None = None):
+        """Args:
+        backbone: takes this one, weights and all, instead of building one from `config.backbone_config`.
+        """
+        super().__init__(config)
+        if getattr(config.backbone_config, "reshape_hidden_states", True) is False:
+            raise ValueError("a dense predictor needs maps; set reshape_hidden_states=True in the backbone_config")
+        self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
+        if config.freeze_backbone:
+            self.freeze_backbone()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: PreTrainedModel,
+        num_labels: int | None = None,
+        id2label: dict[int, str] | None = None,
+        head_type: str = "linear",
+        freeze_backbone: bool = False,
+        **options,
+    ) -> "DensePredictorPreTrainedModel":
+        """Put a new head on a loaded backbone, whose weights are kept.
+
+        Args:
+            backbone: a `...Backbone`, e.g. from `AutoBackbone.from_pretrained(folder, out_indices=[3, 6, 9, 12])`.
+            options: other fields of `DensePredictorConfig` (`losses`, `class_weights`, ...); the rest are options of the
+                head.
+        """
+        if not hasattr(backbone, "channels"):
+            raise ValueError(
+                f"expected a backbone, which returns feature maps, got {type(backbone).__name__};"
+                " load it with AutoBackbone.from_pretrained(...)"
+            )
+        if num_labels is not None and id2label is not None and num_labels != len(id2label):
+            raise ValueError(f"num_labels={num_labels}, but id2label names {len(id2label)} labels; give one of them")
+        labels = {"num_labels": num_labels} if id2label is None else {"id2label": id2label}
+        config_fields = {field.name for field in fields(DensePredictorConfig)}
+        head_options = {name: value for name, value in options.items() if name not in config_fields}
+        config = DensePredictorConfig(
+            backbone_config=backbone.config,
+            head_type=head_type,
+            head_options={**(options.pop("head_options", None) or {}), **head_options},
+            freeze_backbone=freeze_backbone,
+            attn_implementation=backbone.config._attn_implementation,
+            **{name: value for name, value in labels.items() if value is not None},
+            **{name: value for name, value in options.items() if name in config_fields},
+        )
+        for module in backbone.modules():
+            module._is_hf_initialized = True  # otherwise modules without the mark, e.g. new adapters, are drawn anew
+        model = cls(config, backbone)
+        model.head.to(device=backbone.device, dtype=backbone.dtype)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.freeze_backbone:
+            model.freeze_backbone()  # loading makes every parameter trainable again
+        return loaded
+
+    def freeze_backbone(self) -> None:
+        """Keep the backbone as it is: no gradients, no dropout, no updates of running statistics."""
+        self.config.freeze_backbone = True
+        self.backbone.requires_grad_(False)
+        self.backbone.eval()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        # adapters put into a frozen backbone make it trainable, and with that train mode (their dropout) is wanted
+        if self.config.freeze_backbone and not any(weight.requires_grad for weight in self.backbone.parameters()):
+            self.backbone.eval()
+        return self
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, SegmentationHead):
+            module.reset_parameters()
+
+    def feature_maps(self, pixel_values: Tensor, **kwargs):
+        """Run the backbone; its `BackboneOutput`, with every map (batch, channels, height, width)."""
+        check_pixel_values(pixel_values, self.config.backbone_config)
+        outputs = self.backbone.forward_with_filtered_kwargs(pixel_values, **kwargs)
+        for feature_map in outputs.feature_maps:
+            if feature_map.ndim != 4:
+                raise ValueError(
+                    f"{type(self.backbone).__name__} returned features of shape {tuple(feature_map.shape)}, expected"
+                    " (batch, channels, height, width); set reshape_hidden_states=True in its config if it has that field"
+                )
+        return outputs
+
+
+class DensePredictorForSemanticSegmentation(DensePredictorPreTrainedModel):
+    """Semantic segmentation: one score per class and pixel of the input.
+
+    The head reads the maps of `backbone.out_features` and its logits are upsampled bilinearly to the input's size, where
+    the losses compare them with the labels.
+    """
+
+    def __init__(self, config: DensePredictorConfig, backbone: PreTrainedModel | None = None):
+        super().__init__(config, backbone)
+        self.head = build_segmentation_head(
+            config.head_type, list(self.backbone.channels), config.num_labels, config.head_options
+        )
+        self.criterion = SegmentationLoss(
+            config.num_labels, config.losses, config.loss_options, config.class_weights, config.ignore_index
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs) -> SemanticSegmenterOutput:
+        """Score every pixel.
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            labels: (batch, height, width) class ids, `config.ignore_index` where no class is known.
+            kwargs: go to the backbone, e.g. `output_hidden_states`.
+
+        Returns:
+            logits (batch, num_labels, height, width) and, with labels, the loss.
+        """
+        outputs = self.feature_maps(pixel_values, **kwargs)
+        logits = self.head(list(outputs.feature_maps))
+        logits = F.interpolate(logits, size=pixel_values.shape[-2:], mode="bilinear", align_corners=False)
+        loss = None if labels is None else self.criterion(logits, labels)
+        return SemanticSegmenterOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def check_pixel_values(pixel_values: Tensor, backbone_config) -> None:
+    """Refuse images that are no batch, have other channels than the backbone, or are smaller than one of its patches."""
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            f"expected pixel_values (batch, channels, height, width), got {tuple(pixel_values.shape)};"
+            " a single image needs pixel_values[None]"
+        )
+    num_channels = getattr(backbone_config, "num_channels", None)
+    if num_channels is not None and pixel_values.shape[1] != num_channels:
+        raise ValueError(f"expected images of {num_channels} channels, got {pixel_values.shape[1]}")
+    if torch.compiler.is_compiling():  # a comparison would pin down the sizes of an exported graph
+        return
+    patch_size = getattr(backbone_config, "patch_size", None)
+    patch = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    if patch is None:
+        return
+    height, width = pixel_values.shape[-2:]
+    if height < patch[0] or width < patch[1]:
+        raise ValueError(
+            f"expected images of at least one patch, {patch[0]}x{patch[1]} pixels, got {height}x{width}; resize them"
+        )

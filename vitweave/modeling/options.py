@@ -1,0 +1,39 @@
+"""Parts chosen by name: the class behind a name, and its constructor's arguments as the options."""
+
+import difflib
+import inspect
+from collections.abc import Collection, Mapping
+from typing import TypeVar
+
+Part = TypeVar("Part")
+
+
+def closest(name: str, known: Collection[str]) -> str:
+    """` (did you mean ...?)` when a known name is close, else nothing."""
+    hints = difflib.get_close_matches(name, list(known), n=2)
+    return f" (did you mean {' or '.join(map(repr, hints))}?)" if hints else ""
+
+
+def pick(table: Mapping[str, Part], name: str, role: str) -> Part:
+    """The entry of a registry, or an error that lists the known names."""
+    if name not in table:
+        raise ValueError(f"unknown {role} {name!r}{closest(str(name), table)}; known: {sorted(table)}")
+    return table[name]
+
+
+def check_options(part: type, options: Collection[str], given: Collection[str], owner: str) -> None:
+    """Refuse by name the options that the constructor of `part` does not take, and those it needs but did not get.
+
+    Args:
+        options: names the user wrote.
+        given: names of the arguments that the builder fills in itself.
+        owner: what the options belong to, for the message, e.g. "the head 'linear'".
+    """
+    arguments = inspect.signature(part).parameters
+    known = sorted(set(arguments) - set(given))
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{owner} has no option {name!r}{closest(name, known)}; its options: {known}")
+    needed = [name for name in known if arguments[name].default is inspect.Parameter.empty and name not in options]
+    if needed:
+        raise ValueError(f"{owner} needs the options {needed}; got {sorted(options)}")
