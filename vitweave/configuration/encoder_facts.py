@@ -1,0 +1,247 @@
+"""What the config of a vision encoder says about its features: widths, grids, class tokens, layer by layer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from transformers import PreTrainedConfig
+
+
+class Reduction(NamedTuple):
+    """How one layer shrinks the grid, written as the convolution that would do it; each entry is (height, width)."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
+def floor_reduction(stride: int | Sequence[int]) -> Reduction:
+    """Non-overlapping patches; pixels that fill no whole patch are left out, as a convolution does."""
+    pair = as_pair(stride)
+    return Reduction(pair, pair, (0, 0))
+
+
+def ceil_reduction(stride: int | Sequence[int]) -> Reduction:
+    """The image is padded up to whole patches."""
+    return Reduction((3, 3), as_pair(stride), (1, 1))
+
+
+KEEP = Reduction((1, 1), (1, 1), (0, 0))
+
+
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """A size that may be one number or (height, width), as (height, width)."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+@dataclass(frozen=True)
+class EncoderFacts:
+    """Layer n of an encoder is what block (or stage) n returns, and layer 0 its embeddings.
+
+    Args:
+        hidden_sizes: channels of every layer, the embeddings first: num_layers + 1 entries.
+        reductions: how every layer shrinks the grid of the one before it (layer 0: the grid of pixels).
+        pooled_size: channels of the pooled output.
+        num_class_tokens: leading class-like tokens (DeiT: class and distillation token, RADIO: one per teacher).
+        num_registers: register tokens, between the class tokens and the patches.
+        first_layer: 1 where the embeddings are a part of the first stage, so that there is no layer 0.
+    """
+
+    hidden_sizes: tuple[int, ...]
+    reductions: tuple[Reduction, ...]
+    num_channels: int
+    pooled_size: int
+    num_class_tokens: int = 0
+    num_registers: int = 0
+    first_layer: int = 0
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.hidden_sizes) - 1
+
+    @property
+    def strides(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels of one grid cell of every layer."""
+        height, width = 1, 1
+        strides = []
+        for reduction in self.reductions:
+            height, width = height * reduction.stride[0], width * reduction.stride[1]
+            strides.append((height, width))
+        return tuple(strides)
+
+    def grid_for(self, height: int, width: int, layer: int = -1) -> tuple[int, int]:
+        """The (height, width) of a layer's grid for an image of `height` x `width` pixels."""
+        grid = [height, width]
+        for reduction in self.reductions[: range(self.num_layers + 1)[layer] + 1]:
+            for axis, (kernel, stride, padding) in enumerate(zip(*reduction, strict=True)):
+                grid[axis] = (grid[axis] + 2 * padding - kernel) // stride + 1
+        return grid[0], grid[1]
+
+    def resolve_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Layer indices as they are stored: negative ones counted from the last layer and made absolute."""
+        resolved = tuple(self.num_layers + 1 + layer if layer < 0 else layer for layer in layers)
+        wrong = [layer for layer, n in zip(layers, resolved, strict=True) if not self.first_layer <= n <= self.num_layers]
+        if wrong:
+            reason = " (layer 0, the embeddings, is not separate from the first stage here)" if self.first_layer else ""
+            raise ValueError(
+                f"expected layers {self.first_layer}..{self.num_layers}{reason} or -1..{self.first_layer - self.num_layers - 1},"
+                f" counted backwards from the last; got {wrong}"
+            )
+        if not resolved:
+            raise ValueError(f"expected at least one layer, e.g. layers=[{self.num_layers}] for the last; got none")
+        if len(set(resolved)) != len(resolved):
+            raise ValueError(f"expected every layer once, got {list(layers)}, which are the layers {list(resolved)}")
+        return resolved
+
+
+def _plain_vit(config: PreTrainedConfig, num_class_tokens: int = 1, num_registers: int = 0) -> EncoderFacts:
+    depth = config.num_hidden_layers
+    return EncoderFacts(
+        hidden_sizes=(config.hidden_size,) * (depth + 1),
+        reductions=(floor_reduction(config.patch_size), *[KEEP] * depth),
+        num_channels=config.num_channels,
+        pooled_size=getattr(config, "pooler_output_size", None) or config.hidden_size,
+        num_class_tokens=num_class_tokens,
+        num_registers=num_registers,
+    )
+
+
+def _without_class_token(config: PreTrainedConfig) -> EncoderFacts:
+    return _plain_vit(config, num_class_tokens=0)
+
+
+def _deit(config: PreTrainedConfig) -> EncoderFacts:
+    return _plain_vit(config, num_class_tokens=2)
+
+
+def _with_registers(config: PreTrainedConfig) -> EncoderFacts:
+    return _plain_vit(config, num_registers=config.num_register_tokens)
+
+
+def _radio(config: PreTrainedConfig) -> EncoderFacts:
+    facts = _plain_vit(config, config.num_cls_tokens, config.num_registers)
+    summaries = [0, 1] if config.summary_idxs is None else config.summary_idxs
+    return EncoderFacts(**{**vars(facts), "pooled_size": len(summaries) * config.hidden_size})
+
+
+def _specialized_vit(config: PreTrainedConfig) -> EncoderFacts:
+    return _plain_vit(config, config.num_cls_tokens, config.num_register_tokens)
+
+
+def _sam(config: PreTrainedConfig) -> EncoderFacts:
+    facts = _plain_vit(config, num_class_tokens=0)
+    return EncoderFacts(  # the neck, which changes the width, is one more layer
+        hidden_sizes=(*facts.hidden_sizes, config.output_channels),
+        reductions=(*facts.reductions, KEEP),
+        num_channels=config.num_channels,
+        pooled_size=config.output_channels,
+    )
+
+
+def _convnext(config: PreTrainedConfig) -> EncoderFacts:
+    later = len(config.hidden_sizes) - 1
+    return EncoderFacts(
+        hidden_sizes=(config.hidden_sizes[0], *config.hidden_sizes),
+        reductions=(floor_reduction(config.patch_size), KEEP, *[floor_reduction(2)] * later),
+        num_channels=config.num_channels,
+        pooled_size=config.hidden_sizes[-1],
+    )
+
+
+def _dinov3_convnext(config: PreTrainedConfig) -> EncoderFacts:
+    later = len(config.hidden_sizes) - 1
+    return EncoderFacts(
+        hidden_sizes=(config.hidden_sizes[0], *config.hidden_sizes),
+        reductions=(KEEP, floor_reduction(4), *[floor_reduction(2)] * later),
+        num_channels=config.num_channels,
+        pooled_size=config.hidden_sizes[-1],
+        first_layer=1,
+    )
+
+
+def _swin(config: PreTrainedConfig) -> EncoderFacts:
+    widths = [int(config.embed_dim * 2**stage) for stage in range(len(config.depths))]
+    return EncoderFacts(
+        hidden_sizes=(widths[0], *widths),
+        reductions=(ceil_reduction(config.patch_size), KEEP, *[ceil_reduction(2)] * (len(widths) - 1)),
+        num_channels=config.num_channels,
+        pooled_size=widths[-1],
+    )
+
+
+def _segformer(config: PreTrainedConfig) -> EncoderFacts:
+    patches = [
+        Reduction(as_pair(kernel), as_pair(stride), as_pair(kernel // 2))
+        for kernel, stride in zip(config.patch_sizes, config.strides, strict=True)
+    ]
+    return EncoderFacts(
+        hidden_sizes=(config.hidden_sizes[0], *config.hidden_sizes),
+        reductions=(KEEP, *patches),
+        num_channels=config.num_channels,
+        pooled_size=config.hidden_sizes[-1],
+        first_layer=1,
+    )
+
+
+def _mobilenet_v2(config: PreTrainedConfig) -> EncoderFacts:
+    def scaled(channels: int) -> int:  # the published rounding: to the divisor, but never more than 10 % down
+        wanted = int(round(channels * config.depth_multiplier))
+        divisor = config.depth_divisible_by
+        rounded = max(config.min_depth, int(wanted + divisor / 2) // divisor * divisor)
+        return rounded + divisor if rounded < 0.9 * wanted else rounded
+
+    widths = [16, 24, 24, 32, 32, 32, 64, 64, 64, 64, 96, 96, 96, 160, 160, 160, 320]
+    last = 1280 if config.finegrained_output and config.depth_multiplier < 1.0 else scaled(1280)
+    stride, strides = 2, []
+    for wanted in (2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1):
+        strides.append(1 if stride == config.output_stride else wanted)  # from there on the blocks dilate instead
+        stride *= strides[-1]
+    return EncoderFacts(
+        hidden_sizes=(*map(scaled, widths), last),
+        reductions=(ceil_reduction(2), *map(ceil_reduction, strides), KEEP),
+        num_channels=config.num_channels,
+        pooled_size=last,
+    )
+
+
+ENCODER_FACTS: dict[str, Callable[[PreTrainedConfig], EncoderFacts]] = {
+    "beit": _plain_vit,
+    "clip_vision_model": _plain_vit,
+    "convnext": _convnext,
+    "convnextv2": _convnext,
+    "deit": _deit,
+    "dinov2": _plain_vit,
+    "dinov2_with_registers": _with_registers,
+    "dinov3_convnext": _dinov3_convnext,
+    "dinov3_vit": _with_registers,
+    "ijepa": _without_class_token,
+    "internvl_vision": _plain_vit,
+    "mobilenet_v2": _mobilenet_v2,
+    "radio": _radio,
+    "sam_vision_model": _sam,
+    "segformer": _segformer,
+    "siglip2_vision_model": _without_class_token,
+    "siglip_vision_model": _without_class_token,
+    "specialized_vit": _specialized_vit,
+    "swin": _swin,
+    "swinv2": _swin,
+    "vit": _plain_vit,
+    "vit_mae": _plain_vit,
+    "vit_msn": _plain_vit,
+}
+
+
+def vision_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the vision encoder inside a config of several models (CLIP, SigLIP, SAM, InternVL); itself if none."""
+    return getattr(config, "vision_config", config)
+
+
+def encoder_facts(config: PreTrainedConfig) -> EncoderFacts:
+    """The facts of an encoder that are known from its config alone."""
+    config = vision_part(config)
+    if config.model_type not in ENCODER_FACTS:
+        raise ValueError(
+            f"expected a config of a known vision encoder, got the model_type {config.model_type!r};"
+            f" known: {sorted(ENCODER_FACTS)}, and 'timm_wrapper' once its model is built"
+        )
+    return ENCODER_FACTS[config.model_type](config)

@@ -1,0 +1,131 @@
+"""Any vision model of transformers seen as `VisionFeatures`: class tokens, registers, patches and grid of chosen layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from vitweave.configuration.encoder_configs import OWN_CONFIGS, resolve_config
+from vitweave.configuration.encoder_facts import EncoderFacts, vision_part
+from vitweave.modeling.own_models import build_model
+from vitweave.modeling.vision_families import VISION_FAMILIES, VisionFamily
+
+
+@dataclass
+class VisionFeatures:
+    """What an encoder says about a batch of images; every tuple has one entry per layer asked for, in that order.
+
+    Args:
+        layers: the layers, counted as in `EncoderFacts` (0 = embeddings, n = after block or stage n).
+        class_tokens: (batch, class tokens, hidden); 0 class tokens for encoders that have none.
+        registers: (batch, registers, hidden).
+        patches: (batch, patches, hidden), row by row.
+        grids: (height, width), patches = height * width.
+        pooled: (batch, pooled size), what the model itself returns as `pooler_output` (RADIO: its summary); where it
+            returns none, the class token after the final norm, and without one the mean of the patches after it.
+            None where the last layer was not asked for, because nothing behind the deepest layer asked for is run.
+    """
+
+    layers: tuple[int, ...]
+    class_tokens: tuple[Tensor, ...]
+    registers: tuple[Tensor, ...]
+    patches: tuple[Tensor, ...]
+    grids: tuple[tuple[int, int], ...]
+    pooled: Tensor | None = None
+
+    @property
+    def cls(self) -> tuple[Tensor | None, ...]:
+        """The first class token of every layer, (batch, hidden); None for encoders that have none."""
+        return tuple(tokens[:, 0] if tokens.shape[1] else None for tokens in self.class_tokens)
+
+    @property
+    def feature_maps(self) -> tuple[Tensor, ...]:
+        """The patches of every layer as a map, (batch, hidden, height, width)."""
+        return tuple(
+            patches.transpose(1, 2).unflatten(2, grid) for patches, grid in zip(self.patches, self.grids, strict=True)
+        )
+
+
+class VisionEncoder(nn.Module):
+    """A vision model that returns the layers it is asked for, runs no block behind the deepest of them and keeps no other.
+
+    It calls the native embeddings, blocks and final norm in turn (`vision_families`) instead of the native forward:
+    recording hooks run every block and keep every state, raising from a hook to stop cannot be compiled or exported,
+    and cutting the list of blocks would lose their weights on saving. So all weights stay where the native model has
+    them (`model.*`), and the forward compiles to one graph.
+
+    Image sizes: patches are cut as the native model cuts them. Most leave out the pixels at the right and bottom edge
+    that fill no whole patch, Swin and the convolutional ones pad, RADIO cannot and is refused here with its patch size.
+    Models trained at one size get interpolated position embeddings at any other.
+
+    Args:
+        config_or_model: a config or its dict (random weights), or a model, which is used as it is, not copied.
+            Of a model of several parts (CLIP, SigLIP, SAM, InternVL) the vision part is taken.
+        layers: which layers to return; negative ones count from the last and are stored absolute in `self.layers`.
+        final_norm: apply the model's final norm to every layer returned, on the tokens to which the model itself
+            applies it (CLIP: the class token). In hierarchical models it fits the last layer only.
+    """
+
+    def __init__(
+        self,
+        config_or_model: PreTrainedConfig | dict | PreTrainedModel,
+        layers: Sequence[int] = (-1,),
+        final_norm: bool = True,
+    ):
+        super().__init__()
+        if isinstance(config_or_model, PreTrainedModel):
+            model = vision_model(config_or_model)
+        else:
+            model = build_model(vision_part(resolve_config(config_or_model, role="encoder config")))
+        self.family = family_of(model)
+        self.model = model
+        self.facts: EncoderFacts = self.family.facts(model)
+        self.layers = self.facts.resolve_layers(layers)
+        self.final_norm = final_norm
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | PathLike, layers: Sequence[int] = (-1,), final_norm: bool = True, **options
+    ) -> "VisionEncoder":
+        """Load the vision model of a checkpoint; `options` go to its `from_pretrained`."""
+        config = AutoConfig.from_pretrained(name)
+        loaded = AutoModel.from_pretrained(name, **options)
+        return cls(loaded, layers=layers, final_norm=final_norm)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.model.config
+
+    @property
+    def num_layers(self) -> int:
+        return self.facts.num_layers
+
+    @property
+    def hidden_sizes(self) -> tuple[int, ...]:
+        """Channels of each layer asked for."""
+        return tuple(self.facts.hidden_sizes[layer] for layer in self.layers)
+
+    @property
+    def strides(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels of one patch of each layer asked for."""
+        return tuple(self.facts.strides[layer] for layer in self.layers)
+
+    def grids_for(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """The grid of each layer asked for, for an image of `height` x `width` pixels."""
+        return tuple(self.facts.grid_for(height, width, layer) for layer in self.layers)
+
+    def forward(self, pixel_values: Tensor) -> VisionFeatures:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width), normalised as the model's own processor does it.
+        """
+        self.check(pixel_values)
+        states, pooled = self.family.run(
+            self.model, pixel_values.to(self.model.dtype), self.layers, self.num_layers, self.final_norm
+        )
+        parts = [self.split(state, pixel_values.shape[-2:]) for state in states]
+        class_tokens, registers, patches, grids = zip(*parts, strict=True)
+        return VisionFeatures(self.layers, class_tokens, registers, patches, grids, pooled)
