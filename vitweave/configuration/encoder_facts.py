@@ -80,7 +80,9 @@ class EncoderFacts:
     def resolve_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
         """Layer indices as they are stored: negative ones counted from the last layer and made absolute."""
         resolved = tuple(self.num_layers + 1 + layer if layer < 0 else layer for layer in layers)
-        wrong = [layer for layer, n in zip(layers, resolved, strict=True) if not self.first_layer <= n <= self.num_layers]
+        wrong = [
+            layer for layer, n in zip(layers, resolved, strict=True) if not self.first_layer <= n <= self.num_layers
+        ]
         if wrong:
             reason = " (layer 0, the embeddings, is not separate from the first stage here)" if self.first_layer else ""
             raise ValueError(

@@ -4,14 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
-from vitweave.configuration.encoder_configs import OWN_CONFIGS, resolve_config
-from vitweave.configuration.encoder_facts import EncoderFacts, vision_part
+from vitweave.configuration.encoder_configs import resolve_config
+from vitweave.configuration.encoder_facts import EncoderFacts
+from vitweave.configuration.encoder_facts import vision_part
 from vitweave.modeling.own_models import build_model
-from vitweave.modeling.vision_families import VISION_FAMILIES, VisionFamily
+from vitweave.modeling.tokens import split_prefix
+from vitweave.modeling.tokens import tokens_to_map
+from vitweave.modeling.vision_families import VISION_FAMILIES
+from vitweave.modeling.vision_families import VisionFamily
+from vitweave.modeling.vit_embeddings import check_pixel_values
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -44,9 +51,7 @@ class VisionFeatures:
     @property
     def feature_maps(self) -> tuple[Tensor, ...]:
         """The patches of every layer as a map, (batch, hidden, height, width)."""
-        return tuple(
-            patches.transpose(1, 2).unflatten(2, grid) for patches, grid in zip(self.patches, self.grids, strict=True)
-        )
+        return tuple(tokens_to_map(patches, grid) for patches, grid in zip(self.patches, self.grids, strict=True))
 
 
 class VisionEncoder(nn.Module):
@@ -76,12 +81,14 @@ class VisionEncoder(nn.Module):
         final_norm: bool = True,
     ):
         super().__init__()
-        if isinstance(config_or_model, PreTrainedModel):
-            model = vision_model(config_or_model)
+        if isinstance(config_or_model, nn.Module):
+            model = find_vision_model(config_or_model)
         else:
-            model = build_model(vision_part(resolve_config(config_or_model, role="encoder config")))
-        self.family = family_of(model)
+            config = vision_part(resolve_config(config_or_model, role="the encoder's config"))
+            family_of(config)  # an unknown kind is refused before it is built
+            model = build_model(config)
         self.model = model
+        self.family = family_of(model.config)
         self.facts: EncoderFacts = self.family.facts(model)
         self.layers = self.facts.resolve_layers(layers)
         self.final_norm = final_norm
@@ -90,10 +97,20 @@ class VisionEncoder(nn.Module):
     def from_pretrained(
         cls, name: str | PathLike, layers: Sequence[int] = (-1,), final_norm: bool = True, **options
     ) -> "VisionEncoder":
-        """Load the vision model of a checkpoint; `options` go to its `from_pretrained`."""
+        """The vision model of a checkpoint (also of CLIP, SigLIP, SAM, InternVL); `options` go to `from_pretrained`."""
         config = AutoConfig.from_pretrained(name)
-        loaded = AutoModel.from_pretrained(name, **options)
-        return cls(loaded, layers=layers, final_norm=final_norm)
+        part = vision_part(config)
+        family_of(part)
+        model, info = AutoModel.from_pretrained(name, config=part, output_loading_info=True, **options)
+        missing = sorted(info["missing_keys"])
+        if missing and part is not config:  # a tower that sits deeper in the checkpoint is loaded with its host
+            model, missing = AutoModel.from_pretrained(name, **options), []
+        poolers = [key for key in missing if key.startswith("pooler.")]
+        if poolers == missing and missing:
+            logger.warning(f"{name} has no weights for {poolers}: `pooled` is untrained, the tokens are not affected.")
+        elif missing:
+            raise ValueError(f"expected {name} to hold a whole {config.model_type} encoder, but it lacks {missing}")
+        return cls(model, layers=layers, final_norm=final_norm)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -122,10 +139,41 @@ class VisionEncoder(nn.Module):
         Args:
             pixel_values: (batch, channels, height, width), normalised as the model's own processor does it.
         """
-        self.check(pixel_values)
-        states, pooled = self.family.run(
-            self.model, pixel_values.to(self.model.dtype), self.layers, self.num_layers, self.final_norm
-        )
-        parts = [self.split(state, pixel_values.shape[-2:]) for state in states]
+        check_pixel_values(pixel_values, self.facts.num_channels, self.facts.strides[self.facts.first_layer])
+        self.family.check_size(self.model, *pixel_values.shape[-2:])
+        pixels = pixel_values.to(self.model.dtype)
+        states, pooled = self.family.run(self.model, self.facts, pixels, self.layers, self.final_norm)
+        parts = [self.split(state, pixels.shape[-2:], layer) for state, layer in zip(states, self.layers, strict=True)]
         class_tokens, registers, patches, grids = zip(*parts, strict=True)
         return VisionFeatures(self.layers, class_tokens, registers, patches, grids, pooled)
+
+    def split(
+        self, state: Tensor, image_size: tuple[int, int], layer: int
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+        """Class tokens, registers, patches and grid of one layer, given as tokens or as a map."""
+        if state.ndim == 4:
+            grid = (state.shape[2], state.shape[3])
+            state = state.flatten(2).transpose(1, 2)  # (batch, patches, hidden)
+        else:
+            grid = self.facts.grid_for(*image_size, layer)
+        return *split_prefix(state, self.facts.num_class_tokens, self.facts.num_registers), grid
+
+
+def find_vision_model(model: nn.Module) -> PreTrainedModel:
+    """The first part of `model` that is a known vision model: of a classifier its base, of CLIP its vision tower."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config.model_type in VISION_FAMILIES:
+            if isinstance(part, VISION_FAMILIES[part.config.model_type].model_classes(part.config)):
+                return part
+    raise ValueError(
+        f"expected a model that holds a known vision encoder, got {type(model).__name__}; known: {sorted(VISION_FAMILIES)}"
+    )
+
+
+def family_of(config: PreTrainedConfig) -> VisionFamily:
+    if config.model_type not in VISION_FAMILIES:
+        raise ValueError(
+            f"expected a config of a known vision encoder, got the model_type {config.model_type!r};"
+            f" known: {sorted(VISION_FAMILIES)}; another one is a line in VISION_FAMILIES and in ENCODER_FACTS"
+        )
+    return VISION_FAMILIES[config.model_type]

@@ -9,7 +9,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from vitweave.configuration.encoder_facts import EncoderFacts
+from vitweave.configuration.encoder_facts import encoder_facts
+from vitweave.modeling.own_models import OWN_MODELS
+from vitweave.modeling.tokens import by_role
+from vitweave.modeling.tokens import tokens_to_map
 
 
 class VisionFamily:
@@ -19,7 +25,50 @@ class VisionFamily:
     blocks = "layers"
     final_norm: str | None = "layernorm"
     norm_fits_every_layer = True  # False: the final norm belongs to the last layer only (hierarchical models)
-    image_divisible = False  # True: the native embedding fails where the patches do not cover the image
+
+    def model_classes(self, config: PreTrainedConfig) -> type[PreTrainedModel] | tuple[type[PreTrainedModel], ...]:
+        """The classes this family can run."""
+        return MODEL_MAPPING[type(config)]
+
+    def facts(self, model: PreTrainedModel) -> EncoderFacts:
+        return encoder_facts(model.config)
+
+    def check_size(self, model: PreTrainedModel, height: int, width: int):
+        """Refuse image sizes the native model cannot take."""
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        facts: EncoderFacts,
+        pixel_values: Tensor,
+        layers: tuple[int, ...],
+        final_norm: bool,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """The layers asked for, each (batch, tokens, hidden) or (batch, hidden, height, width), and the pooled output."""
+        kept = {}
+        for layer, hidden_states in zip(range(max(layers) + 1), self.layers(model, pixel_values), strict=False):
+            if layer in layers:
+                kept[layer] = hidden_states
+        return self.finish(model, facts, [kept[layer] for layer in layers], layers, final_norm)
+
+    def finish(
+        self,
+        model: PreTrainedModel,
+        facts: EncoderFacts,
+        states: list[Tensor],
+        layers: tuple[int, ...],
+        final_norm: bool,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Apply the final norm where it was asked for, and pool the last layer if it is there."""
+        finished, pooled = [], None
+        for layer, hidden_states in zip(layers, states, strict=True):
+            is_last = layer == facts.num_layers
+            if is_last or (final_norm and self.norm_fits_every_layer):
+                normed = self.norm(model, hidden_states)
+                pooled = self.pool(model, hidden_states, normed) if is_last else pooled
+                hidden_states = normed if final_norm else hidden_states
+            finished.append(hidden_states)
+        return finished, pooled
 
     def layers(self, model: PreTrainedModel, pixel_values: Tensor) -> Iterator[Tensor]:
         """Layer after layer, the embeddings first; a caller that stops asking stops the model.
@@ -151,12 +200,43 @@ class Mae(VisionFamily):
         return torch.cat([cls, patches + positions[:, 1:]], dim=1)
 
 
+class Specialized(VisionFamily):
+    """Our specialised ViT stops and keeps by itself; its class-attention layers, if any, belong to the last layer."""
+
+    def model_classes(self, config):
+        return OWN_MODELS[config.model_type]()["model"]
+
+    def run(self, model, facts, pixel_values, layers, final_norm):
+        hidden_states, grid = model.embed(pixel_values)
+        last = facts.num_layers
+        keep = tuple(layer for layer in layers if layer != last)
+        outputs = model.encoder(hidden_states, grid, keep=keep, stop_at=None if last in layers else max(layers))
+        kept = {**dict(zip(keep, outputs.kept, strict=True)), last: outputs.last_hidden_state}
+        return self.finish(model, facts, [kept[layer] for layer in layers], layers, final_norm)
+
+    def norm(self, model, hidden_states):
+        if model.config.final_norm == "pooled" and model.config.pooling == "cls":  # as CLIP
+            cls = by_role(model, "layernorm", 1, hidden_states[:, :1])
+            return torch.cat([cls, hidden_states[:, 1:]], dim=1)
+        return model.pool(hidden_states)[0]
+
+    def pool(self, model, hidden_states, normed):
+        return model.pool(hidden_states)[1]
+
+
 class Radio(VisionFamily):
     """RADIO: normalises the pixels itself, has no final norm, and pools to the summary tokens side by side."""
 
     blocks = "encoder.layer"
     final_norm = None
-    image_divisible = True
+
+    def check_size(self, model, height, width):
+        size = model.config.patch_size
+        if height % size or width % size:
+            raise ValueError(
+                f"expected an image of whole patches of {size}x{size} pixels, got {height}x{width}; RADIO neither crops"
+                " nor pads, resize the image first"
+            )
 
     def embed(self, model, pixel_values):
         return model.embeddings(model.input_conditioner(pixel_values))
@@ -212,7 +292,7 @@ class Segformer(MapFamily):
             hidden_states, height, width = stage.patch_embeddings(hidden_states)
             for block in stage.blocks:
                 hidden_states = block(hidden_states, height, width)
-            hidden_states = stage.layer_norm(hidden_states).transpose(1, 2).unflatten(2, (height, width))
+            hidden_states = tokens_to_map(stage.layer_norm(hidden_states), (height, width))
             yield hidden_states
 
 
@@ -237,7 +317,7 @@ class Swin(MapFamily):
         return hidden_states, stage_map
 
     def as_map(self, hidden_states: Tensor, grid: tuple[int, int]) -> Tensor:
-        return hidden_states.transpose(1, 2).unflatten(2, grid)
+        return tokens_to_map(hidden_states, grid)
 
     def norm(self, model, hidden_states):
         return model.layernorm(hidden_states.movedim(1, -1)).movedim(-1, 1)
@@ -254,8 +334,13 @@ class Swinv2(Swin):
 class Sam(MapFamily):
     """SAM: windowed blocks on a map with the channels last; the neck, which changes the width, is the last layer."""
 
+    def model_classes(self, config):
+        from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionModel
+
+        return (SamVisionModel, SamVisionEncoder)  # as an encoder of its own, and as a part of SamModel
+
     def layers(self, model, pixel_values):
-        encoder = model.vision_encoder
+        encoder = getattr(model, "vision_encoder", model)
         hidden_states = encoder.patch_embed.projection(pixel_values)
         if encoder.pos_embed is not None:
             hidden_states = hidden_states + self.positions(encoder.pos_embed, hidden_states.shape[-2:])
@@ -303,6 +388,7 @@ VISION_FAMILIES: dict[str, VisionFamily] = {
     "segformer": Segformer(),
     "siglip2_vision_model": Siglip2(),
     "siglip_vision_model": Siglip(),
+    "specialized_vit": Specialized(),
     "swin": Swin(),
     "swinv2": Swinv2(),
     "vit": ResizedViT(),
