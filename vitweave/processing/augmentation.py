@@ -4,7 +4,8 @@ import numpy as np
 import PIL.Image
 from PIL import ImageEnhance
 
-from vitweave.processing.label_maps import resize_nearest
+from vitweave.processing.label_maps import read_label_map, resize_nearest
+from vitweave.processing.segmentation_steps import picture_to_rgb
 
 
 def jitter_colours(image: PIL.Image.Image, rng: np.random.Generator, strength: float) -> PIL.Image.Image:
@@ -58,9 +59,12 @@ class SegmentationAugmentation:
         self.color_jitter, self.seed, self.ignore_index = color_jitter, seed, ignore_index
 
     def __call__(
-        self, image: PIL.Image.Image, mask: np.ndarray, epoch: int, index: int
+        self, image: PIL.Image.Image, mask: PIL.Image.Image | np.ndarray, epoch: int, index: int
     ) -> tuple[PIL.Image.Image, np.ndarray]:
-        """An RGB picture and its class ids (height, width), augmented for this epoch and sample index."""
+        """A picture and its class ids (height, width), augmented for this epoch and sample index, as RGB and int64."""
+        if not isinstance(image, PIL.Image.Image):
+            raise ValueError(f"expected a PIL picture to augment, got {type(image).__name__}; use PIL.Image.fromarray")
+        image, mask = picture_to_rgb(image), read_label_map(mask)
         if (image.height, image.width) != mask.shape:
             raise ValueError(
                 f"expected a mask as large as its image, got image {image.height}x{image.width} and mask "
@@ -88,7 +92,11 @@ class SegmentationAugmentation:
 
     def _turn(self, pixels: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Flips and quarter turns; every draw is made even if unused, so that one option does not shift the others."""
-        mirror, upside_down, quarter_turns = rng.random() < self.flip, rng.random() < self.vertical_flip, rng.integers(4)
+        mirror, upside_down, quarter_turns = (
+            rng.random() < self.flip,
+            rng.random() < self.vertical_flip,
+            rng.integers(4),
+        )
         pixels, mask = (array[:, ::-1] if mirror else array for array in (pixels, mask))
         pixels, mask = (array[::-1] if upside_down else array for array in (pixels, mask))
         return tuple(np.rot90(array, quarter_turns if self.rotate else 0) for array in (pixels, mask))

@@ -4,10 +4,12 @@ import numpy as np
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 
-from vitweave.processing.segmentation_steps import SegmentationImageProcessorKwargs
-from vitweave.processing.segmentation_steps import SegmentationSteps
-from vitweave.processing.segmentation_steps import channels_first
-from vitweave.processing.segmentation_steps import check_channels
+from vitweave.processing.segmentation_steps import (
+    SegmentationImageProcessorKwargs,
+    SegmentationSteps,
+    channels_first,
+    check_channels,
+)
 
 
 class SegmentationImageProcessorPil(SegmentationSteps, PilBackend):
@@ -16,9 +18,7 @@ class SegmentationImageProcessorPil(SegmentationSteps, PilBackend):
     valid_kwargs = SegmentationImageProcessorKwargs
     resample = PILImageResampling.BILINEAR
 
-    def process_image(
-        self, image, do_convert_rgb=None, input_data_format=None, channels=None, **kwargs
-    ) -> np.ndarray:
+    def process_image(self, image, do_convert_rgb=None, input_data_format=None, channels=None, **kwargs) -> np.ndarray:
         image = channels_first(image, do_convert_rgb, input_data_format, channels)
         check_channels(image, channels)
         return image

@@ -7,14 +7,16 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling
 from transformers.utils import is_torchvision_available
 
-from vitweave.processing.segmentation_steps import SegmentationImageProcessorKwargs
-from vitweave.processing.segmentation_steps import SegmentationSteps
-from vitweave.processing.segmentation_steps import channels_first
-from vitweave.processing.segmentation_steps import check_channels
+from vitweave.processing.segmentation_steps import (
+    SegmentationImageProcessorKwargs,
+    SegmentationSteps,
+    channels_first,
+    check_channels,
+)
 
 
 class SegmentationImageProcessor(SegmentationSteps, TorchvisionBackend):
-    """Image and mask to `pixel_values` and `labels`; `SegmentationImageProcessorPil` does the same without torchvision."""
+    """Image and mask to `pixel_values` and `labels`; `SegmentationImageProcessorPil` does so without torchvision."""
 
     valid_kwargs = SegmentationImageProcessorKwargs
     resample = PILImageResampling.BILINEAR
@@ -22,8 +24,8 @@ class SegmentationImageProcessor(SegmentationSteps, TorchvisionBackend):
     def __init__(self, **kwargs):
         if not is_torchvision_available():
             raise ImportError(
-                "SegmentationImageProcessor needs torchvision, which is not installed; use SegmentationImageProcessorPil "
-                "or AutoImageProcessor.from_pretrained(..., backend='pil')"
+                "SegmentationImageProcessor needs torchvision, which is not installed; use "
+                "SegmentationImageProcessorPil or AutoImageProcessor.from_pretrained(..., backend='pil')"
             )
         super().__init__(**kwargs)
 

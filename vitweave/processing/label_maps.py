@@ -9,7 +9,7 @@ LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # PIL modes with o
 
 
 def read_label_map(label) -> np.ndarray:
-    """Class ids of a PIL picture, array or tensor as an int64 array (height, width); palette pictures give their index."""
+    """Class ids of a PIL picture, array or tensor as int64 (height, width); palette pictures give their index."""
     if isinstance(label, PIL.Image.Image):
         if label.mode not in LABEL_MODES:
             raise ValueError(
@@ -36,8 +36,8 @@ def check_label_range(labels: np.ndarray, num_labels: int, ignore_index: int) ->
     if counted.size and (counted.min() < 0 or counted.max() >= num_labels):
         strange = sorted({int(value) for value in np.unique(counted) if not 0 <= value < num_labels})
         raise ValueError(
-            f"expected class ids 0 to {num_labels - 1} or {ignore_index} (ignored), got {strange[:10]}; raise num_labels, "
-            "set ignore_index, or use do_reduce_labels if the ids start at 1"
+            f"expected class ids 0 to {num_labels - 1} or {ignore_index} (ignored), got {strange[:10]}; raise "
+            "num_labels, set ignore_index, or use do_reduce_labels if the ids start at 1"
         )
 
 

@@ -5,15 +5,22 @@ from typing import Any
 import numpy as np
 import PIL.Image
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ChannelDimension, SizeDict, infer_channel_dimension_format, make_flat_list_of_images
+from transformers.image_utils import (
+    ChannelDimension,
+    SizeDict,
+    infer_channel_dimension_format,
+    make_flat_list_of_images,
+)
 from transformers.processing_utils import ImagesKwargs
 
-from vitweave.processing.label_maps import check_label_range
-from vitweave.processing.label_maps import divisor_padding
-from vitweave.processing.label_maps import read_label_map
-from vitweave.processing.label_maps import reduce_labels
-from vitweave.processing.label_maps import resize_nearest
-from vitweave.processing.label_maps import resized_size
+from vitweave.processing.label_maps import (
+    check_label_range,
+    divisor_padding,
+    read_label_map,
+    reduce_labels,
+    resize_nearest,
+    resized_size,
+)
 from vitweave.processing.post_processing import semantic_maps
 
 UNSUPPORTED = ("do_center_crop", "do_pad")  # options of ImagesKwargs that would be accepted and ignored
@@ -38,8 +45,8 @@ def picture_to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     """Any 8-bit PIL picture as RGB; transparent pixels show a white ground."""
     if picture.mode.startswith("I") or picture.mode == "F":
         raise ValueError(
-            f"expected an 8-bit picture (modes 1, L, LA, P, RGB, RGBA, CMYK, ...), got mode {picture.mode!r}, whose value "
-            "range is not known; scale it to 0..255 and convert it to mode 'L' first"
+            f"expected an 8-bit picture (modes 1, L, LA, P, RGB, RGBA, CMYK, ...), got mode {picture.mode!r}, whose "
+            "value range is not known; scale it to 0..255 and convert it to mode 'L' first"
         )
     if "A" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -87,11 +94,11 @@ def check_channels(image, channels: int | None) -> None:
     if got == 4 and channels != 4:
         raise ValueError(
             "expected 3 channels, got an array with 4, which may be RGBA or RGB with a fourth measurement; pass "
-            "do_convert_rgb=True (or the PIL picture) if the fourth is opacity, or image_mean and image_std with 4 entries"
+            "do_convert_rgb=True (or the PIL picture) if the fourth is opacity, else image_mean and image_std with 4 entries"
         )
     if channels is not None and got != channels:
         raise ValueError(
-            f"expected {channels} channels (the length of image_mean), got {got}; set image_mean and image_std for {got}"
+            f"expected {channels} channels (the length of image_mean), got {got}; give image_mean and image_std {got} entries"
         )
 
 
@@ -110,7 +117,7 @@ class SegmentationSteps:
     valid_kwargs = SegmentationImageProcessorKwargs
 
     def preprocess(self, images, segmentation_maps=None, **kwargs) -> BatchFeature:
-        """`pixel_values` (batch, channels, height, width) and, with `segmentation_maps`, `labels` (batch, height, width)."""
+        """`pixel_values` (batch, channels, height, width) and, if maps are given, `labels` (batch, height, width)."""
         return super().preprocess(images, segmentation_maps, **kwargs)
 
     def _validate_preprocess_kwargs(self, **kwargs) -> None:
@@ -139,7 +146,9 @@ class SegmentationSteps:
             ]
         images = [self.to_pixel_values(image, **kwargs) for image in images]
         if kwargs["size_divisor"]:
-            images = [self.pad_edges(image, divisor_padding(image.shape[-2:], kwargs["size_divisor"])) for image in images]
+            images = [
+                self.pad_edges(image, divisor_padding(image.shape[-2:], kwargs["size_divisor"])) for image in images
+            ]
         data = {"pixel_values": images, **data}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
@@ -169,7 +178,7 @@ class SegmentationSteps:
     def post_process_semantic_segmentation(
         self, outputs, target_sizes: list[tuple[int, int]] | None = None, return_segmentation_scores: bool = False
     ) -> list:
-        """Class maps (height, width) of `outputs.logits` (batch, num_labels, height, width), at `target_sizes` if given.
+        """Class maps (height, width) of `outputs.logits` (batch, num_labels, height, width), at `target_sizes` if set.
 
         Padding by `size_divisor` is cut off before the logits are resized to a target size. With
         `return_segmentation_scores` each item has `segmentation` and `segmentation_scores` (num_labels, height, width).

@@ -27,7 +27,7 @@ def sliding_window_logits(
     batch_size: int = 8,
     average: str = "logits",
 ) -> Tensor:
-    """Predict overlapping windows and average them where they overlap (512 and 341: the protocol of DINOv2's evaluation).
+    """Predict overlapping windows and average them where they overlap (512 and 341 are DINOv2's protocol).
 
     Args:
         predict: (windows, channels, height, width) -> logits (windows, num_labels, any height, any width), or an output
@@ -49,8 +49,7 @@ def sliding_window_logits(
     batch, _, height, width = pixel_values.shape
     padded = F.pad(pixel_values, (0, max(0, window[1] - width), 0, max(0, window[0] - height)))
     rows, columns = (
-        window_starts(length, edge, step)
-        for length, edge, step in zip(padded.shape[-2:], window, stride, strict=True)
+        window_starts(length, edge, step) for length, edge, step in zip(padded.shape[-2:], window, stride, strict=True)
     )
     places = [(sample, top, left) for sample in range(batch) for top in rows for left in columns]
     total = None
@@ -66,7 +65,9 @@ def sliding_window_logits(
             total = logits.new_zeros(batch, logits.shape[1], *padded.shape[-2:])
         for (sample, top, left), values in zip(some, logits, strict=True):
             total[sample, :, top : top + window[0], left : left + window[1]] += values
-    covers = [coverage(starts, edge, length) for starts, edge, length in zip((rows, columns), window, padded.shape[-2:])]
+    covers = [
+        coverage(starts, edge, length) for starts, edge, length in zip((rows, columns), window, padded.shape[-2:])
+    ]
     counts = torch.outer(*covers).to(total)  # how many windows saw each pixel
     return (total / counts)[..., :height, :width]
 

@@ -1,0 +1,53 @@
+"""What the optimiser decays, and how fast each part learns."""
+
+from torch import nn
+
+# vectors that stand for tokens and positions; decaying them pulls them to zero for no reason
+UNDECAYED = ("cls_token", "mask_token", "position_embeddings", "register_tokens", "relative_position_bias_table")
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Weight decay is for matrices: not for norms, biases, LayerScale, tokens and positions.
+
+    The Trainer alone goes by names and `nn.LayerNorm`, and would decay BatchNorm weights and LayerScale's `lambda1`.
+    """
+    return parameter.ndim > 1 and "bias" not in name and not any(word in UNDECAYED for word in name.split("."))
+
+
+def find_encoder(model: nn.Module) -> nn.Module:
+    """The part of a task model below its head: `backbone` where there is one, else the model's base model."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # below a PEFT wrapper
+    encoder = getattr(model, "backbone", None) or getattr(model, "base_model", model)
+    if encoder is model:
+        raise ValueError(f"{type(model).__name__} has neither a backbone nor a base model below its head")
+    return encoder
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float, encoder_lr_scale: float = 1.0
+) -> list:
+    """Groups for a torch optimiser: decayed or not, encoder (learning rate times `encoder_lr_scale`) or head."""
+    encoder = set() if encoder_lr_scale == 1.0 else {id(parameter) for parameter in find_encoder(model).parameters()}
+    groups: dict[tuple, list] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = encoder_lr_scale if id(parameter) in encoder else 1.0
+            groups.setdefault((scale, is_decayed(name, parameter)), []).append(parameter)
+    return [
+        {"params": parameters, "lr": learning_rate * scale, "weight_decay": weight_decay if decayed else 0.0}
+        for (scale, decayed), parameters in groups.items()
+    ]
+
+
+def _keep_in_eval_mode(module: nn.Module, inputs: tuple) -> None:
+    if module.training:
+        module.eval()
+
+
+def freeze_encoder(model: nn.Module) -> nn.Module:
+    """Train the head only: the encoder gets no gradients and stays in eval mode (no dropout, fixed BatchNorm)."""
+    encoder = find_encoder(model)
+    encoder.requires_grad_(False)
+    # the Trainer calls model.train() before every step; a hook outlasts that
+    encoder.register_forward_pre_hook(_keep_in_eval_mode)
+    return model
