@@ -60,7 +60,7 @@ def measure(
         with torch.no_grad(), tapped(blocks, collector):
             for pixel_values in batches:
                 grid = _checked_grid(model, pixel_values, grid, bool(blocks))
-                collector.start(grid)
+                collector.start(grid or (0, 0))  # no grid, no blocks: nothing will be collected
                 output = model(pixel_values, **_extra_inputs(model, pixel_values))
                 collector.finish()
                 final, grid = _patch_features(output, layout, grid, pixel_values)

@@ -117,13 +117,16 @@ def plot_patch_norms(
         image = _show(axes[1][column], norms[column].reshape(grid), norm=scale, clim=(low, high), cmap="viridis")
         rows, columns = torch.nonzero(outliers.mask[column].reshape(grid), as_tuple=True)
         axes[1][column].scatter(columns, rows, s=18, facecolors="none", edgecolors="red", linewidths=0.8)
-    top.colorbar(image, ax=axes.ravel().tolist(), label="patch norm")
+    bar = top.colorbar(image, ax=axes.ravel().tolist(), label="patch norm")
     top.suptitle(f"Patch norms after block {block}; red rings: above {outliers.threshold:.3g}", fontsize=10)
     axis = bottom.subplots()
     edges = torch.logspace(math.log10(low), math.log10(high), 61) if scale == "log" else 60
     axis.hist(norms.flatten(), bins=edges, color=BEFORE)
     axis.set_xscale(scale)
     axis.set_yscale("log")
+    if scale == "log":
+        _plain_log_ticks(bar.ax.yaxis)
+        _plain_log_ticks(axis.xaxis)
     above = f"threshold {outliers.threshold:.3g}: {outliers.fraction:.2%} above"
     axis.axvline(outliers.threshold, color="red", linestyle="--", label=above)
     axis.set_xlabel("norm of the patch token (residual stream)")
@@ -184,3 +187,12 @@ def _show(axis, picture: Tensor, **options):
     axis.set_xticks([])
     axis.set_yticks([])
     return axis.imshow(picture, interpolation="nearest", **options)
+
+
+def _plain_log_ticks(axis) -> None:
+    """Label 20, 50, 100 instead of 2 x 10^1 ..."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")

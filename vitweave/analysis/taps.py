@@ -13,7 +13,7 @@ TAPS = ("before.norm1", "after.norm1", "before.norm2", "after.norm2")
 NORM1_NAMES = ("norm1", "layernorm_before", "layer_norm1")
 NORM2_NAMES = ("norm2", "layernorm_after", "layer_norm2")
 ATTENTION_NAMES = ("attention", "self_attn", "attn")
-MLP_NAMES = ("mlp",)
+MLP_NAMES = ("mlp", "intermediate")
 
 CLASS_TOKEN_NAMES = ("cls_token", "class_embedding", "class_token", "distillation_token", "dist_token")
 REGISTER_NAMES = ("register_tokens", "reg_token")
