@@ -37,6 +37,7 @@ def add_inspect_command(subparsers) -> None:
         help="fit the PCA maps again to the patches on one side of it, 0..1",
     )
     parser.add_argument("--foreground-side", choices=("above", "below"), default="above")
+    parser.add_argument("--no-plots", action="store_true", help="write only the JSON")
     parser.set_defaults(run=run)
 
 
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         norm_block=args.norm_block,
         foreground_threshold=args.foreground_threshold,
         foreground_side=args.foreground_side,
+        plots=not args.no_plots,
         progress=True,
     )
     report = inspect_model(args.model, args.images, args.out, options=options)

@@ -30,21 +30,20 @@ def specialization_drift(model: nn.Module) -> list[ParameterDrift]:
         )
     drifts = []
     for name, parameter in parameters.items():
-        *path, leaf = name.split(".")
-        twin = path[-1] if path else ""
-        if twin.endswith("_cls"):
-            patch_name = ".".join([*path[:-1], twin.removesuffix("_cls"), leaf])
-            drifts.append(_drift(patch_name, parameters[patch_name], parameter - parameters[patch_name]))
-        elif twin.endswith("_cls_down"):
-            up = parameters[".".join([*path[:-1], twin.removesuffix("_down") + "_up", leaf])]
-            patch_name = ".".join([*path[:-1], twin.removesuffix("_cls_down"), leaf])
-            drifts.append(_drift(patch_name, parameters[patch_name], _low_rank_scale(model) * (up @ parameter)))
+        *path, layer, leaf = ["", *name.split(".")]
+        parent = ".".join([*path[1:], ""])  # "encoder.layer.0.attention."
+        patch_name = f"{parent}{layer.removesuffix('_up').removesuffix('_cls')}.{leaf}"
+        if patch_name not in parameters:
+            continue
+        patch = parameters[patch_name]
+        if layer.endswith("_cls"):
+            drifts.append(_drift(patch_name, patch, parameter - patch))
+        elif layer.endswith("_cls_up"):
+            own_down = f"{parent}{layer.removesuffix('_up')}_down.{leaf}"
+            down = parameters[own_down if own_down in parameters else f"{parent}qkv_cls_down.{leaf}"]
+            scale = model.get_submodule(parent.removesuffix(".")).cls_scale
+            drifts.append(_drift(patch_name, patch, scale * (parameter @ down)))
     return drifts
-
-
-def _low_rank_scale(model: nn.Module) -> float:
-    rank, alpha = model.config.cls_rank, model.config.cls_alpha
-    return 1.0 if alpha is None else alpha / rank
 
 
 def _drift(name: str, patch: Tensor, difference: Tensor) -> ParameterDrift:

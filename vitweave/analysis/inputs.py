@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
 from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -34,14 +36,19 @@ class Preprocessing:
 
 
 def open_model(name: str | Path) -> nn.Module:
-    """A vision model from a folder or the Hub, in eval mode; of a vision-language model its vision tower."""
+    """A vision model from a folder or the Hub, in eval mode.
+
+    Of a vision-language model its vision tower, of a segmentation model its backbone.
+    """
     config = AutoConfig.from_pretrained(name)
     # a masked autoencoder is measured on all of its patches
     options = {"mask_ratio": 0.0} if hasattr(config, "mask_ratio") else {}
+    known = type(config) in AutoModel._model_mapping
+    auto_class = AutoModel if known else AutoModelForSemanticSegmentation
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a task head left out and a pooler not in the file are of no interest here
     try:
-        model, loading = AutoModel.from_pretrained(name, output_loading_info=True, **options)
+        model, loading = auto_class.from_pretrained(name, output_loading_info=True, **options)
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key.split("."))
@@ -50,7 +57,8 @@ def open_model(name: str | Path) -> nn.Module:
             f"{name} lacks {len(missing)} weights of {type(model).__name__}, e.g. {missing[:3]}; measuring random "
             "weights would mean nothing. Check that it holds a complete checkpoint of this model type"
         )
-    return getattr(model, "vision_model", model).eval()
+    inner = [getattr(model, part, None) for part in ("vision_model", "backbone")]
+    return next((part for part in inner if isinstance(part, nn.Module)), model).eval()
 
 
 def open_preprocessing(name: str | Path | None, model: nn.Module) -> Preprocessing:
@@ -59,7 +67,7 @@ def open_preprocessing(name: str | Path | None, model: nn.Module) -> Preprocessi
         try:
             return from_processor(AutoImageProcessor.from_pretrained(name))
         except (OSError, ValueError):
-            pass  # no (usable) processor saved: the default below, which the report names
+            logger.warning(f"{name} has no image processor that can be read; using default preprocessing")
     size = getattr(model.config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)

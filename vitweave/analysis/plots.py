@@ -54,10 +54,10 @@ def plot_cosine(taps: dict[str, TapStatistics], path: Path) -> None:
 
 def _plot_band(axis, statistics: TapStatistics, statistic: str, label: str, colour: str) -> None:
     values = getattr(statistics, statistic)  # (layers, images)
-    mean = values.mean(dim=1)
+    mean = values.mean(dim=1).numpy()
     over_patches = statistic == "cls_patch_cosine"
-    std = statistics.cls_patch_cosine_std.mean(dim=1) if over_patches else values.std(dim=1, correction=0)
-    blocks = torch.arange(len(mean))
+    std = (statistics.cls_patch_cosine_std.mean(dim=1) if over_patches else values.std(dim=1, correction=0)).numpy()
+    blocks = range(len(mean))
     axis.plot(blocks, mean, marker="o", markersize=3, color=colour, label=label)
     axis.fill_between(blocks, mean - std, mean + std, color=colour, alpha=0.18, linewidth=0)
 
@@ -72,14 +72,16 @@ def plot_dimensions(shares: dict[str, Tensor], tau: float, path: Path) -> None:
     axes = figure.subplots(2, len(shares), squeeze=False, sharex="row", height_ratios=[3, 2])
     for column, (tap, share) in enumerate(shares.items()):
         axis = axes[0][column]
-        ordered = share.sort(dim=1).values
+        ordered = share.sort(dim=1).values.numpy()
         image = axis.imshow(ordered, aspect="auto", vmin=0, vmax=1, cmap="RdBu_r", interpolation="nearest")
         axis.set_title(tap.replace(".", " "))
         axis.set_xlabel("dimensions, sorted by share")
         counts = axes[1][column]
-        blocks = torch.arange(len(share))
-        counts.bar(blocks, (share > tau).sum(dim=1), color="#b2182b", label=f"[CLS] only (share > {tau:g})")
-        counts.bar(blocks, -(share < 1 - tau).sum(dim=1), color="#2166ac", label=f"patches only (share < {1 - tau:g})")
+        blocks = range(len(share))
+        counts.bar(blocks, (share > tau).sum(dim=1).numpy(), color="#b2182b", label=f"[CLS] only (share > {tau:g})")
+        counts.bar(
+            blocks, -(share < 1 - tau).sum(dim=1).numpy(), color="#2166ac", label=f"patches only (share < {1 - tau:g})"
+        )
         counts.axhline(0, color="black", linewidth=0.8)
         counts.set_xlabel("block (0 = first)")
         counts.grid(alpha=0.3, axis="y")
@@ -115,13 +117,13 @@ def plot_patch_norms(
     for column in range(shown):
         _show(axes[0][column], pictures[column])
         image = _show(axes[1][column], norms[column].reshape(grid), norm=scale, clim=(low, high), cmap="viridis")
-        rows, columns = torch.nonzero(outliers.mask[column].reshape(grid), as_tuple=True)
+        rows, columns = outliers.mask[column].reshape(grid).numpy().nonzero()
         axes[1][column].scatter(columns, rows, s=18, facecolors="none", edgecolors="red", linewidths=0.8)
     bar = top.colorbar(image, ax=axes.ravel().tolist(), label="patch norm")
     top.suptitle(f"Patch norms after block {block}; red rings: above {outliers.threshold:.3g}", fontsize=10)
     axis = bottom.subplots()
-    edges = torch.logspace(math.log10(low), math.log10(high), 61) if scale == "log" else 60
-    axis.hist(norms.flatten(), bins=edges, color=BEFORE)
+    edges = torch.logspace(math.log10(low), math.log10(high), 61).numpy() if scale == "log" else 60
+    axis.hist(norms.flatten().numpy(), bins=edges, color=BEFORE)
     axis.set_xscale(scale)
     axis.set_yscale("log")
     if scale == "log":
@@ -186,7 +188,7 @@ def plot_drift(drifts: list[ParameterDrift], path: Path) -> None:
 def _show(axis, picture: Tensor, **options):
     axis.set_xticks([])
     axis.set_yticks([])
-    return axis.imshow(picture, interpolation="nearest", **options)
+    return axis.imshow(picture.numpy(), interpolation="nearest", **options)
 
 
 def _plain_log_ticks(axis) -> None:

@@ -35,6 +35,7 @@ class InspectOptions:
     norm_block: int | None = None  # None = last
     foreground_threshold: float | None = None  # None = PCA over all patches
     foreground_side: str = "above"
+    plots: bool = True
     progress: bool = False
 
 
@@ -84,7 +85,9 @@ def inspect_model(
     }
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    report["plots"] = _write_plots(folder, torch.stack(pictures), measured, findings, options, report["skipped"])
+    report["plots"] = []
+    if options.plots:
+        report["plots"] = _write_plots(folder, torch.stack(pictures), measured, findings, options, report["skipped"])
     _write_json(folder / "report.json", report)
     return report
 

@@ -18,6 +18,8 @@ MLP_NAMES = ("mlp", "intermediate")
 CLASS_TOKEN_NAMES = ("cls_token", "class_embedding", "class_token", "distillation_token", "dist_token")
 REGISTER_NAMES = ("register_tokens", "reg_token")
 
+CLASS_ATTENTION_NAME = "class_layer"  # our class-attention layers see no patch as a query: they are no blocks here
+
 TapSink = Callable[[int, str, Tensor], None]
 
 
@@ -62,7 +64,7 @@ def find_blocks(model: nn.Module) -> list[TapPoints]:
     found = []
     for name, module in model.named_modules():
         parts = [_child(module, names) for names in (NORM1_NAMES, ATTENTION_NAMES, NORM2_NAMES, MLP_NAMES)]
-        if all(part is not None for part in parts):
+        if all(part is not None for part in parts) and CLASS_ATTENTION_NAME not in name.split("."):
             norm1, attention, norm2, mlp = parts
             found.append(TapPoints(name, module, norm1, attention, norm2, mlp))
     parents = {points.name.rpartition(".")[0] for points in found}
