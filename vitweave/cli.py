@@ -1,0 +1,41 @@
+"""The `vitweave` command.
+
+A sub-command lives beside the code it runs: `add_<name>_command(subparsers)` adds its parser and sets `run`, a function
+of the parsed arguments that returns an exit code or None. `COMMANDS` lists them; heavy imports belong inside `run`.
+"""
+
+import argparse
+import sys
+import traceback
+
+from vitweave.hub.command import add_export_command
+
+COMMANDS = (add_export_command,)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every sub-command."""
+    parser = argparse.ArgumentParser(prog="vitweave", description="Woven vision encoders for transformers.")
+    subparsers = parser.add_subparsers(metavar="command", required=True)
+    for add_command in COMMANDS:
+        add_command(subparsers)
+    for subparser in subparsers.choices.values():
+        subparser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one sub-command; an error is one line and exit code 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""Export a model as a folder that loads with transformers alone, and push it to the Hub."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import CommitInfo, HfApi
+from safetensors import SafetensorError
+from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from vitweave.hub.card import CardInfo, model_card
+from vitweave.hub.families import Family, auto_class_of, find_family, processor_references
+from vitweave.hub.flatten import flatten
+from vitweave.hub.verify_bundle import check_bundle, output_tensors, to_model
+
+PROCESSOR_FILE = "preprocessor_config.json"
+
+
+def export(
+    model: PreTrainedModel,
+    folder: str | Path,
+    processor: object | None = None,
+    card: CardInfo | None = None,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    example_inputs: dict[str, torch.Tensor] | None = None,
+    name: str | None = None,
+    max_shard_size: int | str = "50GB",
+) -> Path:
+    """Write weights, config, processor, flattened code and card into a folder that needs no vitweave to load.
+
+    Everything is written beside `folder` first, loaded back in a process that cannot import vitweave and compared with
+    the model's outputs; only then is it moved into place. A failure leaves `folder` as it was.
+
+    Args:
+        model: a model of vitweave, e.g. from `DensePredictorForSemanticSegmentation.from_pretrained(...)`.
+        processor: its image processor, one of vitweave or of transformers; without it no pipeline can use the folder.
+        card: what the README says beyond the facts of the config.
+        overwrite: replace `folder` when it already holds a model.
+        verify: load back and compare; `example_inputs` are the tensors of the forward pass to compare with
+            (default: one random image of the config's size).
+        name: what the card's loading lines say, the repository's name when pushing (default: the folder's name).
+
+    Returns:
+        The folder's path.
+    """
+    folder = Path(folder).absolute()
+    family = _exportable(model)
+    _check_target(folder, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
+        staging = Path(work) / folder.name
+        staging.mkdir()
+        write_bundle(model, staging, family, processor, card or CardInfo(), name or folder.name, max_shard_size)
+        if verify:
+            _verify(model, staging, Path(work), family, example_inputs)
+        _move_into_place(staging, folder, Path(work))
+    return folder
+
+
+def write_bundle(
+    model: PreTrainedModel,
+    folder: Path,
+    family: Family,
+    processor: object | None,
+    info: CardInfo,
+    name: str,
+    max_shard_size: int | str,
+) -> None:
+    """Write the files of an export into an empty folder."""
+    auto_class = auto_class_of(model, family)
+    classes = {"AutoConfig": family.config_class} | family.models
+    references = {auto: f"{kind.__module__}.{kind.__name__}" for auto, kind in classes.items()}
+    backends = {} if processor is None else processor_references(processor)
+    modules = sorted({ref.rpartition(".")[0] for ref in (*references.values(), *backends.values())})
+    bundle = flatten(modules, family.package)
+
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    _rewrite_json(folder / "config.json", {auto: bundle.reference(ref) for auto, ref in references.items()})
+    if processor is not None:
+        processor.save_pretrained(folder)
+        flat = {backend: bundle.reference(ref) for backend, ref in backends.items()}
+        _rewrite_json(folder / PROCESSOR_FILE, {"AutoImageProcessor": flat} if flat else {})
+    for file_name, text in bundle.files.items():
+        (folder / file_name).write_text(text, encoding="utf-8")
+    if info != CardInfo():
+        info.save(folder)
+    model_card(model, auto_class, info, name, processor is not None).save(folder / "README.md")
+
+
+def push_to_hub_with_code(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    processor: object | None = None,
+    card: CardInfo | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: list[str] | None = None,
+    verify: bool = True,
+    example_inputs: dict[str, torch.Tensor] | None = None,
+) -> CommitInfo:
+    """`push_to_hub` with the code beside the weights: export, load back in a clean process, upload.
+
+    The options of `PreTrainedModel.push_to_hub` keep their meaning; the others are those of `export`. Nothing is
+    created on the Hub unless the export has been verified.
+    """
+    info = CardInfo(**vars(card)) if card else CardInfo()
+    info.tags = [*info.tags, *(tags or [])]
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / repo_id.rpartition("/")[2]
+        options = {"verify": verify, "example_inputs": example_inputs, "max_shard_size": max_shard_size}
+        export(model, folder, processor, info, name=repo_id, **options)
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message or "Upload model with its code",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def load_model(source: str | Path) -> PreTrainedModel:
+    """Load a saved vitweave model by the class its config names, which must be one of ours.
+
+    An `auto_map` in the config is ignored, and weights are read from safetensors only, all of them.
+    """
+    settings, _ = PreTrainedConfig.get_config_dict(source)
+    family = find_family(settings.get("model_type"))
+    known = {model_class.__name__: model_class for model_class in family.models.values()}
+    named = (settings.get("architectures") or [None])[0]
+    if named not in known:
+        raise ValueError(f"config.json of {source} names the class {named!r}, expected one of {sorted(known)}")
+    if Path(source).is_dir() and not list(Path(source).glob("*.safetensors")):
+        raise ValueError(f"expected *.safetensors in {source}, found {sorted(p.name for p in Path(source).iterdir())}")
+    try:
+        model, loading = known[named].from_pretrained(source, use_safetensors=True, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights in {source} are damaged or incomplete ({error}); copy or download them again"
+        ) from error
+    unset = sorted(map(str, (*loading["missing_keys"], *loading["mismatched_keys"])))
+    if unset:
+        raise ValueError(f"the weights in {source} lack {len(unset)} tensors of {named}, e.g. {unset[:3]}")
+    return model.eval()
+
+
+def load_processor(source: str | Path) -> object | None:
+    """The image processor saved beside a model, or None; code beside it is never run."""
+    if cached_file(source, PROCESSOR_FILE, _raise_exceptions_for_missing_entries=False) is None:
+        return None
+    return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+
+
+def _exportable(model: PreTrainedModel) -> Family:
+    if hasattr(model, "merge_and_unload") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("the model carries an adapter; export the model that merge_and_unload() returns")
+    config = getattr(model, "config", None)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"expected a vitweave model, got {type(model).__module__}.{type(model).__name__}")
+    family = find_family(config.model_type)
+    auto_class_of(model, family)
+    return family
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; name a folder that does not exist yet")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{folder} is not empty; choose another folder, or overwrite it (--force)")
+    if not (folder / "config.json").exists():
+        raise FileExistsError(
+            f"{folder} holds no model (no config.json), so it is not overwritten; choose another folder"
+        )
+
+
+def _move_into_place(staging: Path, folder: Path, work: Path) -> None:
+    """Swap the finished folder in; what stood there goes away with `work`, or comes back if the swap fails."""
+    old = work / "replaced"
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(staging, folder)
+    except OSError:
+        if old.exists():
+            shutil.move(old, folder)
+        raise
+
+
+def _rewrite_json(path: Path, auto_map: dict) -> None:
+    """Put our own `auto_map` into a saved JSON; one that came along, here or in a nested config, is dropped."""
+    settings = _without_auto_map(json.loads(path.read_text(encoding="utf-8")))
+    if auto_map:
+        settings["auto_map"] = auto_map
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _without_auto_map(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_auto_map(part) for key, part in value.items() if key != "auto_map"}
+    return [_without_auto_map(part) for part in value] if isinstance(value, list) else value
+
+
+def _verify(
+    model: PreTrainedModel, folder: Path, work: Path, family: Family, inputs: dict[str, torch.Tensor] | None
+) -> None:
+    inputs = inputs or random_image(model.config)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected = output_tensors(model(**to_model(inputs, model)))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    check_bundle(folder, work, auto_class_of(model, family), family.package, inputs, expected)
+
+
+def random_image(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """pixel_values (1, channels, height, width) of the size the config, or a config inside it, names; seeded."""
+    size = _find(config, "image_size") or 224
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    generator = torch.Generator().manual_seed(0)
+    return {"pixel_values": torch.randn(1, _find(config, "num_channels") or 3, height, width, generator=generator)}
+
+
+def _find(config: PreTrainedConfig, name: str) -> object | None:
+    value = getattr(config, name, None)
+    nested = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
+    return (
+        value if value is not None or not nested else next(filter(None, (_find(part, name) for part in nested)), None)
+    )
