@@ -151,9 +151,7 @@ def load_model(source: str | Path) -> PreTrainedModel:
     try:
         model, loading = known[named].from_pretrained(source, use_safetensors=True, output_loading_info=True)
     except SafetensorError as error:
-        raise ValueError(
-            f"the weights in {source} are damaged or incomplete ({error}); copy or download them again"
-        ) from error
+        raise ValueError(f"the weights in {source} are damaged or cut off ({error}); copy them again") from error
     unset = sorted(map(str, (*loading["missing_keys"], *loading["mismatched_keys"])))
     if unset:
         raise ValueError(f"the weights in {source} lack {len(unset)} tensors of {named}, e.g. {unset[:3]}")
@@ -186,9 +184,7 @@ def _check_target(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(f"{folder} is not empty; choose another folder, or overwrite it (--force)")
     if not (folder / "config.json").exists():
-        raise FileExistsError(
-            f"{folder} holds no model (no config.json), so it is not overwritten; choose another folder"
-        )
+        raise FileExistsError(f"{folder} holds no model (no config.json): not overwritten, choose another folder")
 
 
 def _move_into_place(staging: Path, folder: Path, work: Path) -> None:

@@ -1,0 +1,340 @@
+"""A model leaves with its code: into a folder that loads without vitweave, or not at all."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BitImageProcessorPil,
+    Dinov2Config,
+    Dinov2Model,
+)
+
+from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.hub import export as export_module
+from vitweave.hub import verify_bundle
+from vitweave.hub.card import CardInfo
+from vitweave.hub.export import export, load_model, load_processor, push_to_hub_with_code, random_image
+from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification, SpecializedViTModel
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "num_labels": 3}
+PROCESSOR = BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+
+
+def classifier(**options):
+    torch.manual_seed(0)
+    return SpecializedViTForImageClassification(SpecializedViTConfig(**(TINY | options))).eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model saved the ordinary way, to be loaded or damaged."""
+    folder = tmp_path / "saved"
+    classifier().save_pretrained(folder)
+    PROCESSOR.save_pretrained(folder)
+    return folder
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_holds_weights_config_processor_code_and_card(tmp_path):
+    folder = export(classifier(), tmp_path / "out", PROCESSOR, verify=False)
+    files = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} < files
+    assert {"modeling_specialized_vit.py", "configuration_specialized_vit.py", "pretrained.py"} < files
+    assert not [name for name in files if name.endswith(".py") and "vitweave" in name]
+    assert sorted(os.listdir(tmp_path)) == ["out"]  # nothing temporary stays
+
+
+def test_every_auto_class_of_the_family_is_in_the_auto_map_and_names_a_file(tmp_path):
+    folder = export(classifier(), tmp_path / "out", verify=False)
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map == {
+        "AutoConfig": "configuration_specialized_vit.SpecializedViTConfig",
+        "AutoModel": "modeling_specialized_vit.SpecializedViTModel",
+        "AutoBackbone": "modeling_specialized_vit.SpecializedViTBackbone",
+        "AutoModelForImageClassification": "modeling_specialized_vit.SpecializedViTForImageClassification",
+    }
+
+
+def test_a_foreign_auto_map_is_replaced(tmp_path):
+    model = classifier()
+    model.config.auto_map = {"AutoModel": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    folder = export(model, tmp_path / "out", verify=False)
+    assert "evil" not in (folder / "config.json").read_text()
+    assert model.config.auto_map["AutoModel"] == "evil.Evil"  # the caller's model is left as it was
+
+
+def test_with_vitweave_installed_the_own_class_opens_the_folder(tmp_path):
+    model = classifier()
+    folder = export(model, tmp_path / "out", PROCESSOR, verify=False)
+    loaded = AutoModelForImageClassification.from_pretrained(folder)
+    assert type(loaded) is SpecializedViTForImageClassification
+    pixels = random_image(model.config)
+    torch.testing.assert_close(loaded(**pixels).logits, model(**pixels).logits)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert isinstance(AutoImageProcessor.from_pretrained(folder, backend="pil"), BitImageProcessorPil)
+
+
+def test_modes_of_the_model_are_restored_after_the_check(tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "check_bundle", lambda *args: None)
+    model = classifier().train()
+    model.classifier.eval()
+    export(model, tmp_path / "out")
+    assert model.training
+    assert not model.classifier.training
+
+
+# --- the clean process -----------------------------------------------------------------------------------------------
+
+SAVE_AGAIN = """
+import runpy, sys
+folder, again, verify_bundle = sys.argv[1:]
+tools = runpy.run_path(verify_bundle)
+sys.meta_path.insert(0, tools["PackageBlocker"]("vitweave"))
+tools["open_bundle"](folder, "AutoModelForImageClassification").save_pretrained(again)
+"""
+
+
+@pytest.mark.slow
+def test_the_export_loads_without_vitweave_and_again_after_the_user_saved_it(tmp_path):
+    model = classifier(num_register_tokens=2, qkv_blocks=2)
+    folder = export(model, tmp_path / "out", PROCESSOR)  # loads it in a clean process and compares the logits
+
+    again, work = tmp_path / "again", tmp_path / "work"
+    work.mkdir()
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-c", SAVE_AGAIN, str(folder), str(again), verify_bundle.__file__]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    pixels = random_image(model.config)
+    expected = verify_bundle.output_tensors(model(**pixels))
+    verify_bundle.check_bundle(again, work, "AutoModelForImageClassification", "vitweave", pixels, expected)
+
+
+def test_a_blocked_package_cannot_be_imported(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [verify_bundle.PackageBlocker("wave"), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError, match="blocked"):
+        __import__("wave")
+
+
+@pytest.mark.parametrize(
+    ("got", "reason"),
+    [
+        ({"output.logits": torch.ones(1, 3) * 1.01}, "differs by 0.01"),
+        ({"output.logits": torch.full((1, 3), float("nan"))}, "differs by nan"),
+        ({"output.features": torch.ones(1, 3)}, "returns"),
+    ],
+)
+def test_other_outputs_are_noticed(monkeypatch, tmp_path, got, reason):
+    def run(command, **options):
+        save_file(got, tmp_path / "outputs.safetensors")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(verify_bundle.subprocess, "run", run)
+    expected = {"output.logits": torch.ones(1, 3)}
+    with pytest.raises(RuntimeError, match=reason):
+        verify_bundle.check_bundle(tmp_path, tmp_path, "AutoModel", "vitweave", {}, expected)
+
+
+def test_outputs_are_compared_at_every_depth():
+    output = {"logits": torch.ones(2), "feature_maps": (torch.zeros(1), torch.ones(1)), "ids": torch.ones(1).long()}
+    assert sorted(verify_bundle.output_tensors(output)) == [
+        "output.feature_maps.0",
+        "output.feature_maps.1",
+        "output.logits",
+    ]
+
+
+# --- failures leave nothing ------------------------------------------------------------------------------------------
+
+
+def test_a_failed_check_leaves_no_folder(tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("the exported folder does not load")
+
+    monkeypatch.setattr(export_module, "check_bundle", fail)
+    with pytest.raises(RuntimeError, match="does not load"):
+        export(classifier(), tmp_path / "deep" / "out")
+    assert not list((tmp_path / "deep").iterdir())
+
+
+def test_a_failed_check_leaves_the_old_folder(saved, monkeypatch):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    monkeypatch.setattr(export_module, "flatten", lambda *args: (_ for _ in ()).throw(ValueError("no source")))
+    with pytest.raises(ValueError, match="no source"):
+        export(classifier(), saved, overwrite=True)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_a_folder_in_use_is_replaced_only_on_demand(saved, tmp_path):
+    (saved / "stale.py").touch()
+    with pytest.raises(FileExistsError, match="not empty"):
+        export(classifier(), saved, verify=False)
+    export(classifier(), saved, overwrite=True, verify=False)
+    assert (saved / "README.md").exists()
+    assert not (saved / "stale.py").exists()
+
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "cat.png").touch()
+    with pytest.raises(FileExistsError, match="holds no model"):
+        export(classifier(), other, overwrite=True, verify=False)
+    with pytest.raises(FileExistsError, match="is a file"):
+        export(classifier(), other / "cat.png", overwrite=True, verify=False)
+
+
+def test_foreign_models_and_processors_are_refused(tmp_path):
+    dinov2 = Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28))
+    with pytest.raises(ValueError, match="expected a vitweave model, got model_type 'dinov2'"):
+        export(dinov2, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"expected a vitweave model, got torch\.nn"):
+        export(torch.nn.Linear(2, 2), tmp_path / "out")
+
+    class Variant(SpecializedViTModel):
+        pass
+
+    with pytest.raises(ValueError, match="expected one of the classes"):
+        export(Variant(SpecializedViTConfig(**TINY)), tmp_path / "out")
+
+    class OwnProcessor(BitImageProcessorPil):
+        pass
+
+    with pytest.raises(ValueError, match="expected an image processor of vitweave or transformers"):
+        export(classifier(), tmp_path / "out", OwnProcessor())
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapters_must_be_merged_first(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(classifier(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        export(adapted, tmp_path / "out")
+    assert export(adapted.merge_and_unload(), tmp_path / "out", verify=False).is_dir()
+
+
+# --- loading what to export ------------------------------------------------------------------------------------------
+
+
+def test_a_saved_model_is_loaded_by_its_own_class(saved):
+    model = load_model(saved)
+    assert type(model) is SpecializedViTForImageClassification
+    assert not model.training
+    assert type(load_processor(saved)).__name__.startswith("BitImageProcessor")
+    (saved / "preprocessor_config.json").unlink()
+    assert load_processor(saved) is None
+
+
+def test_code_beside_a_model_is_never_run(saved):
+    code = f"open({str(saved / 'ran')!r}, 'w').close()\nfrom transformers import ViTConfig as Evil\n"
+    (saved / "evil.py").write_text(code)
+    edit_json(saved / "config.json", auto_map={"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"})
+    edit_json(saved / "preprocessor_config.json", auto_map={"AutoImageProcessor": "evil.Evil"})
+    load_model(saved)
+    load_processor(saved)
+    assert not (saved / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "vit"}, "got model_type 'vit'; vitweave has"),
+        ({"model_type": None}, "got model_type None"),
+        ({"architectures": ["EvilModel"]}, "names the class 'EvilModel', expected one of"),
+        ({"architectures": None}, "names the class None"),
+    ],
+)
+def test_a_config_naming_a_foreign_class_is_refused(saved, changes, reason):
+    edit_json(saved / "config.json", **changes)
+    with pytest.raises(ValueError, match=reason):
+        load_model(saved)
+
+
+def test_damaged_weights_are_refused(saved):
+    weights = saved / "model.safetensors"
+    tensors = load_file(weights)
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        load_model(saved)
+    tensors.pop("classifier.weight")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack 1 tensors of SpecializedViTForImageClassification.*classifier\.weight"):
+        load_model(saved)
+    weights.unlink()
+    torch.save(tensors, saved / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"expected \*\.safetensors"):
+        load_model(saved)
+
+
+# --- pushing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the Hub that remembers the calls and what was uploaded."""
+    calls = []
+
+    class Hub:
+        def __init__(self, token=None):
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id, **options):
+            calls.append(("create_repo", repo_id, options))
+            return SimpleNamespace(repo_id=f"someone/{repo_id}")
+
+        def create_branch(self, repo_id, **options):
+            calls.append(("create_branch", repo_id, options))
+
+        def upload_folder(self, folder_path, **options):
+            texts = {path.name: path.read_bytes() for path in folder_path.iterdir()}
+            calls.append(("upload_folder", texts, options))
+            return "commit"
+
+    monkeypatch.setattr(export_module, "HfApi", Hub)
+    return calls
+
+
+def test_pushing_uploads_the_whole_export(hub):
+    options = {"private": True, "token": "t", "revision": "dev", "tags": ["cells"], "verify": False}
+    assert push_to_hub_with_code(classifier(), "vit-cells", card=CardInfo(license="mit"), **options) == "commit"
+    assert [call[0] for call in hub] == ["token", "create_repo", "create_branch", "upload_folder"]
+    assert hub[1][2] == {"private": True, "exist_ok": True}
+    _, files, upload = hub[-1]
+    assert upload["repo_id"] == "someone/vit-cells"
+    assert upload["revision"] == "dev"
+    assert {"model.safetensors", "modeling_specialized_vit.py"} < set(files)
+    readme = files["README.md"].decode()
+    assert '.from_pretrained("vit-cells", trust_remote_code=True)' in readme
+    assert "- cells" in readme
+    assert "license: mit" in readme
+
+
+def test_nothing_is_created_on_the_hub_when_the_check_fails(hub, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("differs")
+
+    monkeypatch.setattr(export_module, "check_bundle", fail)
+    with pytest.raises(RuntimeError, match="differs"):
+        push_to_hub_with_code(classifier(), "someone/vit")
+    assert not hub
+
+
+@pytest.mark.parametrize(("size", "expected"), [(28, (1, 3, 28, 28)), ((14, 28), (1, 3, 14, 28))])
+def test_the_check_uses_an_image_of_the_configs_size(size, expected):
+    pixels = random_image(SpecializedViTConfig(**(TINY | {"image_size": size})))["pixel_values"]
+    assert tuple(pixels.shape) == expected
+    assert np.isfinite(pixels.numpy()).all()
