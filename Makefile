@@ -1,0 +1,62 @@
+# Every target builds the environment it needs; all it asks for is git, make, Python >= 3.10 and a package index for pip.
+#   make demo              train, save, reload, export and draw a specialised ViT on microscopy images   (3 minutes)
+#   make test              the whole suite         make test-fast         without the slow tests
+#   make test-floor        the fast tier on the oldest supported transformers
+#   make test-torchvision  the tests that need torchvision and timm, on the newest torch
+#   make lint | bench | clean
+
+PYTHON ?= python3
+TESTS ?= tests
+FLOOR := 5.13.0
+
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+export PYTHONPATH := $(CURDIR)
+
+.PHONY: demo test test-fast test-floor test-torchvision lint bench clean
+
+demo: .venv/stamp
+	.venv/bin/python examples/demo.py --out demo
+
+test: .venv/stamp
+	.venv/bin/python -m pytest $(TESTS)
+
+test-fast: .venv/stamp
+	.venv/bin/python -m pytest $(TESTS) -m "not slow"
+
+test-floor: .venv-floor/stamp
+	.venv-floor/bin/python -m pytest $(TESTS) -m "not slow"
+
+test-torchvision: .venv-torchvision/stamp
+	.venv-torchvision/bin/python -m pytest $(TESTS) -m torchvision
+
+lint: .venv/stamp
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+bench: .venv/stamp
+	for script in benchmarks/*.py; do .venv/bin/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv .venv-floor .venv-torchvision build dist demo runs *.egg-info .pytest_cache .ruff_cache
+
+.venv/stamp: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "vitweave needs Python >= 3.10, got " + sys.version)'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q --no-input -c constraints.txt -e ".[dev,viz]"
+	touch $@
+
+# The floor shares the packages of .venv (by path) and puts the oldest supported transformers in front of them.
+.venv-floor/stamp: .venv/stamp Makefile
+	$(PYTHON) -m venv --clear .venv-floor
+	.venv/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$(.venv-floor/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	.venv-floor/bin/python -m pip install -q --no-input "transformers==$(FLOOR)"
+	touch $@
+
+# Without constraints: the newest torch that torchvision goes with.
+.venv-torchvision/stamp: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-torchvision
+	.venv-torchvision/bin/python -m pip install -q --no-input -e ".[dev,timm]" torchvision
+	touch $@
