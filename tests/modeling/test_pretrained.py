@@ -61,9 +61,7 @@ def test_load_state_dict_understands_the_names_of_files_and_of_memory(tmp_path):
     model = toy_head()
     model.save_pretrained(tmp_path)
     in_file = load_file(tmp_path / "model.safetensors")
-    assert in_file.keys() != model.state_dict().keys(), (
-        "the native encoders are no longer renamed: a simpler base will do"
-    )
+    assert in_file.keys() != model.state_dict().keys(), "native encoders are no longer renamed"
     for tensors in (in_file, model.state_dict()):
         for strict in (True, False):
             restored = toy_head(seed=1)
@@ -85,8 +83,8 @@ def test_shards_are_translated_one_by_one(tmp_path):
     from transformers.trainer_utils import load_sharded_checkpoint
 
     model = toy_head()
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
     restored = toy_head(seed=1)
     load_sharded_checkpoint(restored, str(tmp_path), strict=False)
     check_equal_state(restored, model)
@@ -114,10 +112,8 @@ def test_fused_tensors_are_split(tmp_path):
 
 def test_unknown_names_of_a_native_encoder_are_refused():
     model = toy_head()
-    tensors = {
-        name.replace("segformer_encoder.encoder", "segformer_encoder.mystery"): tensor
-        for name, tensor in model.state_dict().items()
-    }
+    known, unknown = "segformer_encoder.", "segformer_encoder.mystery."
+    tensors = {name.replace(known, unknown): tensor for name, tensor in model.state_dict().items()}
     with pytest.raises(RuntimeError, match=r"segformer_encoder in an unknown way: .*mystery"):
         model.load_state_dict(tensors, strict=False)
 
@@ -162,7 +158,7 @@ def test_files_have_the_same_names_however_the_model_was_loaded(tmp_path):
 # Trainer and PEFT -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
+@pytest.mark.parametrize("shard_size", ["50GB", "40KB"])
 def test_trainer_resumes_bit_equal(tmp_path, shard_size):
     model = toy_head()
     model.save_pretrained = partial(model.save_pretrained, max_shard_size=shard_size)
@@ -261,7 +257,7 @@ def test_missing_base_weights_are_refused(tmp_path):
     lost = next(name for name in tensors if "swin" in name)
     del tensors[lost]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="1 are missing and would be random: toy.swin_encoder"):
+    with pytest.raises(ValueError, match=r"1 are missing and would be random: toy.swin_encoder"):
         ToyForImageClassification.from_pretrained(tmp_path)
 
 
@@ -278,9 +274,7 @@ def test_a_pickle_is_refused(tmp_path):
     model = toy_head()
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(
-        ValueError, match=r"expected model.safetensors in .*, got pytorch_model.bin, a pickle.*save_file"
-    ):
+    with pytest.raises(ValueError, match=r"expected model.safetensors in .*, got pytorch_model.bin, a pickle.*save"):
         AutoModelForImageClassification.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="opens safetensors only"):
         ToyForImageClassification.from_pretrained(tmp_path, use_safetensors=False)
@@ -296,7 +290,7 @@ def test_truncated_weights_are_refused_by_name(tmp_path, kept):
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    toy_head().save_pretrained(tmp_path, max_shard_size="20KB")
+    toy_head().save_pretrained(tmp_path, max_shard_size="40KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(OSError, match=shard.name):
@@ -356,11 +350,11 @@ def test_no_loss_is_guessed():
 @pytest.mark.parametrize("steps", [1, 2])
 def test_trainer_does_not_scale_a_mean_loss(tmp_path, steps):
     """Accumulating over two half batches gives the update of the whole batch."""
-    model = toy_head()
+    model = toy_head(drop_path_rate=0.0)
     batch = {"per_device_train_batch_size": 4 // steps, "gradient_accumulation_steps": steps, "save_strategy": "no"}
     trainer = trainer_for(model, tmp_path, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, **batch)
     trainer.train_dataset = data = images(4)
-    reference = toy_head()
+    reference = toy_head(drop_path_rate=0.0)
     pixel_values = torch.stack([sample["pixel_values"] for sample in data])
     reference(pixel_values, labels=torch.tensor([sample["labels"] for sample in data])).loss.backward()
     trainer.train()
@@ -384,7 +378,7 @@ def test_sub_models_are_attributes():
             self.toy_0 = AutoModel.from_config(config.vit)
             self.post_init()
 
-    with pytest.raises(TypeError, match="AlikeName.toy_0 begins with its base_model_prefix 'toy'"):
+    with pytest.raises(TypeError, match=r"AlikeName.toy_0 begins with its base_model_prefix 'toy'"):
         AlikeName(toy_config())
     check_split_hints_arrive(toy_head())
 
@@ -394,7 +388,7 @@ def test_sub_models_are_attributes():
 
 def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     model = toy_head()
-    model.save_pretrained(tmp_path / "old", max_shard_size="20KB")
+    model.save_pretrained(tmp_path / "old", max_shard_size="40KB")
     before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
     written = []
 
@@ -408,7 +402,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     for folder in ("old", "new/deep"):
         written.clear()
         with pytest.raises(OSError, match="No space left"):
-            toy_head(seed=1, num_labels=3).save_pretrained(tmp_path / folder, max_shard_size="20KB")
+            toy_head(seed=1, num_labels=3).save_pretrained(tmp_path / folder, max_shard_size="40KB")
     assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
     assert not (tmp_path / "new" / "deep").exists()
 
@@ -459,7 +453,7 @@ def test_modeling_files_keep_their_annotations():
     package = Path(__file__).parents[2] / "vitweave"
     files = [path for part in ("configuration", "modeling") for path in (package / part).rglob("*.py")]
     assert len(files) > 5
-    assert not [path.name for path in files if "from __future__ import annotations" in path.read_text()]
+    assert not [path.name for path in files if "\nfrom __future__ import annotations" in path.read_text()]
 
 
 def test_postponed_annotations_are_refused(tmp_path):

@@ -99,12 +99,19 @@ class ToyForImageClassification(ToyPreTrainedModel):
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
-def toy_config(**options) -> ToyConfig:
+def toy_config(drop_path_rate: float = 0.1, **options) -> ToyConfig:
     return ToyConfig(
         vit=ViTConfig(**VIT_SIZES, intermediate_size=16),
         dinov2=Dinov2Config(**VIT_SIZES, mlp_ratio=2),
         swin=SwinConfig(
-            image_size=16, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2, mlp_ratio=2
+            image_size=16,
+            patch_size=4,
+            embed_dim=8,
+            depths=[1, 1],
+            num_heads=[2, 2],
+            window_size=2,
+            mlp_ratio=2,
+            drop_path_rate=drop_path_rate,
         ),
         segformer=SegformerConfig(
             num_encoder_blocks=2,
@@ -115,6 +122,7 @@ def toy_config(**options) -> ToyConfig:
             strides=[2, 2],
             num_attention_heads=[1, 2],
             mlp_ratios=[2, 2],
+            drop_path_rate=drop_path_rate,
         ),
         **options,
     )
