@@ -8,9 +8,10 @@ import argparse
 import sys
 import traceback
 
+from vitweave.analysis.command import add_inspect_command
 from vitweave.hub.command import add_export_command
 
-COMMANDS = (add_export_command,)
+COMMANDS = (add_inspect_command, add_export_command)
 
 
 def build_parser() -> argparse.ArgumentParser:
