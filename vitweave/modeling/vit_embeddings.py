@@ -54,8 +54,8 @@ def interpolate_positions(table: Tensor, stored: tuple[int, int], grid: tuple[in
     Returns:
         (1, height * width, hidden) for grid = (height, width).
     """
-    same = grid == stored
-    if same and not torch.compiler.is_exporting():  # an exported graph must not be tied to the traced size
+    # while exporting, even asking whether the grids agree would tie the graph to the traced size
+    if not torch.compiler.is_exporting() and grid == stored:
         return table
     maps = table.unflatten(1, stored).permute(0, 3, 1, 2)
     maps = F.interpolate(

@@ -1,0 +1,316 @@
+"""What "works" means, for every model class: one table of classes, one test per demand."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.export import Dim
+from transformers import Dinov2Config, Trainer, TrainingArguments, pipeline
+
+from vitweave.auto import FAMILIES
+from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
+from vitweave.modeling.modeling_specialized_vit import (
+    SpecializedViTBackbone,
+    SpecializedViTForImageClassification,
+    SpecializedViTModel,
+)
+
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "mlp_ratio": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "use_mask_token": False,  # gets no gradient without masked images
+}
+EVERYTHING = {
+    "specialize_final_norm": True,
+    "proj_blocks": 1,
+    "mlp_blocks": 1,
+    "num_register_tokens": 2,
+    "attention_bias": "kv",
+}
+
+
+@dataclass
+class Subject:
+    """A model class, its tiny config and what it learns from."""
+
+    model_class: type
+    config: Callable
+    task: str | None = None  # the pipeline that serves it
+    unread: tuple[str, ...] = ()  # weights that cannot reach the output: the deepest class token, where maps are read
+
+    def build(self, seed: int = 0, **changes):
+        torch.manual_seed(seed)
+        model = self.model_class(self.config(**changes))
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():  # zero-initialised parameters would hide mistakes
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+        return model.eval()
+
+    def labels(self, pixels: torch.Tensor) -> dict:
+        generator = torch.Generator().manual_seed(5)
+        if self.model_class is SpecializedViTForImageClassification:
+            return {"labels": torch.randint(0, 3, pixels.shape[:1], generator=generator)}
+        if self.model_class is DensePredictorForSemanticSegmentation:
+            return {"labels": torch.randint(0, 3, (pixels.shape[0], *pixels.shape[2:]), generator=generator)}
+        return {}
+
+
+def vit(**changes) -> SpecializedViTConfig:
+    return SpecializedViTConfig(**TINY | {"num_labels": 3} | changes)
+
+
+def dense(backbone: Callable, head_type: str, **changes) -> Callable:
+    return lambda **more: DensePredictorConfig(
+        backbone_config=backbone(out_indices=[1, 3]), head_type=head_type, num_labels=3, **changes | more
+    )
+
+
+def dinov2(**changes) -> Dinov2Config:
+    return Dinov2Config(**TINY | changes)
+
+
+DEEPEST_CLS = tuple(
+    f"layer.2.{name}"
+    for name in (
+        *("norm2_cls.weight", "norm2_cls.bias"),
+        *("layer_scale1_cls.lambda1", "layer_scale2_cls.lambda1"),
+    )
+)
+SUBJECTS = {
+    "model": Subject(SpecializedViTModel, vit, "image-feature-extraction"),
+    "model-everything": Subject(SpecializedViTModel, lambda **changes: vit(**EVERYTHING | changes)),
+    "model-rotary-low-rank": Subject(
+        SpecializedViTModel, lambda **changes: vit(position_embedding_type="rotary", cls_rank=2, **changes)
+    ),
+    "model-swiglu-plain": Subject(
+        SpecializedViTModel, lambda **changes: vit(use_swiglu_ffn=True, layerscale_value=None, **changes)
+    ),
+    "model-relative": Subject(
+        SpecializedViTModel, lambda **changes: vit(relative_position_bias="per_layer", **changes)
+    ),
+    "model-class-attention": Subject(SpecializedViTModel, lambda **changes: vit(class_attention_layers=2, **changes)),
+    "backbone": Subject(
+        SpecializedViTBackbone, lambda **changes: vit(out_indices=[1, 3], **changes), unread=DEEPEST_CLS
+    ),
+    "classifier": Subject(
+        SpecializedViTForImageClassification,
+        lambda **changes: vit(classifier_input="cls_mean", **changes),
+        "image-classification",
+    ),
+    "segmenter-linear": Subject(
+        DensePredictorForSemanticSegmentation, dense(vit, "linear"), "image-segmentation", DEEPEST_CLS
+    ),
+    "segmenter-mlp": Subject(DensePredictorForSemanticSegmentation, dense(vit, "mlp"), unread=DEEPEST_CLS),
+    "segmenter-dinov2": Subject(DensePredictorForSemanticSegmentation, dense(dinov2, "linear")),
+}
+every_subject = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
+
+
+def pixels(batch: int = 2, height: int = 32, width: int = 32, seed: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def tensors(outputs) -> list[torch.Tensor]:
+    found = []
+    for value in outputs.values():
+        found += [value] if isinstance(value, torch.Tensor) else list(value)
+    return found
+
+
+def run(model, images: torch.Tensor, **inputs) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return tensors(model(images, **inputs))
+
+
+def assert_same(actual: list, expected: list, tolerance: float = 1e-6):
+    """Equal up to rounding: for a few rows, matrix products depend on where in memory equal weights lie."""
+    assert len(actual) == len(expected) > 0
+    for left, right in zip(actual, expected, strict=True):
+        torch.testing.assert_close(left, right, atol=tolerance, rtol=tolerance)
+
+
+def test_the_table_names_every_class():
+    registered = {model for _, models, _ in FAMILIES for model in models.values()}
+    assert registered == {subject.model_class for subject in SUBJECTS.values()}
+
+
+@every_subject
+def test_saves_and_loads_bit_equal(subject, tmp_path):
+    model = subject.build()
+    model.save_pretrained(tmp_path)
+    loaded, info = subject.model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    expected = model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    assert_same(run(loaded.eval(), pixels()), run(model, pixels()))
+
+
+@every_subject
+def test_eager_equals_sdpa(subject):
+    model = subject.build(attn_implementation="eager")
+    expected = run(model, pixels())
+    model.set_attn_implementation("sdpa")
+    assert_same(run(model, pixels()), expected, 1e-5)
+
+
+@every_subject
+def test_one_image_equals_a_batch(subject):
+    model = subject.build()
+    one_by_one = [run(model, image[None]) for image in pixels(3)]
+    assert_same([torch.cat(parts) for parts in zip(*one_by_one, strict=True)], run(model, pixels(3)), 1e-5)
+
+
+@every_subject
+def test_takes_other_and_oblong_sizes(subject):
+    model = subject.build()
+    for output in run(model, pixels(2, 48, 24)):
+        assert torch.isfinite(output).all()
+
+
+@every_subject
+def test_bfloat16_is_close_and_keeps_its_type(subject, tmp_path):
+    model = subject.build()
+    expected = run(model, pixels())
+    model.save_pretrained(tmp_path)
+    half = subject.model_class.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    actual = run(half, pixels().bfloat16())
+    assert {output.dtype for output in actual} == {torch.bfloat16}
+    assert_same([output.float() for output in actual], expected, 0.15)
+
+
+def gradients(model, subject) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    outputs = model(pixels(4), **subject.labels(pixels(4)))
+    loss = (
+        outputs.loss if getattr(outputs, "loss", None) is not None else sum(t.square().sum() for t in tensors(outputs))
+    )
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@every_subject
+def test_every_weight_gets_a_finite_gradient_also_with_checkpointing(subject):
+    model = subject.build().train()
+    expected = gradients(model, subject)
+    idle = [name for name, grad in expected.items() if grad is None or not grad.isfinite().all() or not grad.any()]
+    assert set(idle) == {name for name in expected if name.endswith(subject.unread)}
+    checkpointed = subject.build().train()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    actual = gradients(checkpointed, subject)
+    for name, grad in expected.items():
+        if grad is not None:
+            torch.testing.assert_close(actual[name], grad, atol=1e-6, rtol=1e-5)
+
+
+@every_subject
+def test_compiles_in_one_graph(subject):
+    model = subject.build()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_same(run(compiled, pixels()), run(model, pixels()), 1e-5)
+
+
+@pytest.mark.slow
+@every_subject
+def test_exports_with_dynamic_batch_and_size(subject):
+    model = subject.build()
+    height, width = 8 * Dim("rows", min=2, max=16), 8 * Dim("columns", min=2, max=16)
+    shapes = {"pixel_values": {0: Dim("batch", min=1, max=8), 2: height, 3: width}}
+    program = torch.export.export(model, (), {"pixel_values": pixels()}, dynamic_shapes=shapes)
+    other = pixels(3, 24, 40)
+    with torch.no_grad():
+        assert_same(tensors(program.module()(pixel_values=other)), run(model, other), 1e-5)
+
+
+@every_subject
+def test_lora_attaches_saves_loads_and_merges(subject, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = subject.build()
+    expected = run(base, pixels())
+    adapted = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj", "query"])).eval()
+    assert_same(run(adapted.base_model.model, pixels()), expected)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.05
+    changed = run(adapted.base_model.model, pixels())
+    assert not torch.equal(changed[0], expected[0])
+    adapted.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert_same(run(reloaded.base_model.model, pixels()), changed)
+    assert_same(run(reloaded.merge_and_unload(), pixels()), changed, 1e-4)
+
+
+class Images(torch.utils.data.Dataset):
+    """Eight fixed pictures with labels for a subject."""
+
+    def __init__(self, subject: Subject):
+        self.images = pixels(8, seed=3)
+        self.labels = subject.labels(self.images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"pixel_values": self.images[index], "labels": self.labels["labels"][index]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["classifier", "segmenter-linear", "segmenter-mlp", "segmenter-dinov2"])
+def test_trainer_resumes_exactly(name, tmp_path):
+    subject = SUBJECTS[name]
+    options = {
+        "per_device_train_batch_size": 2,
+        "save_steps": 3,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    whole = Trainer(
+        subject.build().train(),
+        TrainingArguments(tmp_path / "whole", max_steps=6, **options),
+        train_dataset=Images(subject),
+    )
+    whole.train()
+    resumed = Trainer(
+        subject.build(seed=9).train(),
+        TrainingArguments(tmp_path / "resumed", max_steps=6, **options),
+        train_dataset=Images(subject),
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    expected = whole.model.state_dict()
+    moved = [name for name, tensor in resumed.model.state_dict().items() if not torch.equal(tensor, expected[name])]
+    assert not moved
+    assert any(not torch.equal(tensor, expected[name]) for name, tensor in subject.build().state_dict().items())
+
+
+@pytest.mark.parametrize("name", [name for name, subject in SUBJECTS.items() if subject.task])
+def test_serves_its_pipeline(name, tmp_path):
+    from PIL import Image
+    from transformers import BitImageProcessorPil
+
+    subject, size = SUBJECTS[name], {"height": 32, "width": 32}
+    subject.build().save_pretrained(tmp_path)
+    if subject.task == "image-segmentation":
+        from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
+
+        SegmentationImageProcessorPil(size=size).save_pretrained(tmp_path)
+    else:
+        BitImageProcessorPil(size=size, crop_size=size).save_pretrained(tmp_path)
+    result = pipeline(subject.task, model=str(tmp_path))(Image.new("RGB", (50, 40), "teal"))
+    if subject.task == "image-segmentation":
+        assert {segment["label"] for segment in result} <= {"LABEL_0", "LABEL_1", "LABEL_2"}
+        assert result[0]["mask"].size == (50, 40)
+    elif subject.task == "image-classification":
+        assert len(result) == 3 and abs(sum(row["score"] for row in result) - 1) < 1e-5
+    else:
+        assert len(result[0]) == 17 and len(result[0][0]) == 32
