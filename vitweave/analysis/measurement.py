@@ -101,7 +101,7 @@ class _Collector:
 
     def finish(self) -> None:
         if self.norms is not None:
-            self.patch_norms.append(self.norms.double().cpu())
+            self.patch_norms.append(self.norms.cpu().double())
         self.images += self.batch
 
     def __call__(self, block: int, tap: str, tokens: Tensor) -> None:
@@ -140,7 +140,7 @@ class _Collector:
         return found
 
     def _add(self, tap: str, statistic: str, block: int, values: Tensor) -> None:
-        self.per_image[tap, statistic, block].append(values.double().cpu())
+        self.per_image[tap, statistic, block].append(values.cpu().double())
 
     def _add_magnitude(self, tap: str, statistic: str, block: int, rows: Tensor) -> None:
         key = (tap, statistic, block)

@@ -161,27 +161,33 @@ def plot_pca(pictures: Tensor, maps: Tensor, ratio: Tensor, path: Path) -> None:
 
 
 def plot_drift(drifts: list[ParameterDrift], path: Path) -> None:
-    """Relative drift per block, one panel per kind of parameter."""
+    """Relative drift: a panel per kind of parameter with a bar per block, and one for what lies outside the blocks."""
     kinds = defaultdict(list)
     for drift in drifts:
-        kind = drift.name.split(f".{drift.block}.")[-1] if drift.block is not None else drift.name
-        kinds[kind].append((drift.block or 0, drift.relative))
+        kind = "outside the blocks" if drift.block is None else drift.name.split(f".{drift.block}.")[-1]
+        kinds[kind].append((drift.name if drift.block is None else drift.block, drift.relative))
+    last = max((drift.block for drift in drifts if drift.block is not None), default=0)
     columns = min(4, len(kinds))
     rows = -(-len(kinds) // columns)
     figure = new_figure(2.9 * columns + 0.6, 2.1 * rows + 0.6)
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (kind, values) in zip(axes, kinds.items(), strict=False):
-        finite = [(block, value) for block, value in values if value != float("inf")]
-        axis.bar([block for block, _ in finite], [value for _, value in finite], color=BEFORE)
-        if not finite:
-            axis.text(0.5, 0.5, "patch parameter is 0", transform=axis.transAxes, ha="center", fontsize=8)
-        axis.set_title(kind, fontsize=9)
+        finite = [(position, value) for position, value in values if value != float("inf")]
+        axis.bar([position for position, _ in finite], [value for _, value in finite], color=BEFORE)
+        zero = len(values) - len(finite)
+        axis.set_title(kind + (f"\n({zero} of {len(values)}: patch parameter is 0)" if zero else ""), fontsize=9)
+        axis.set_xlim(-0.7, (max(len(finite), 4) if kind == "outside the blocks" else last + 1) - 0.3)
+        axis.set_ylim(bottom=0)
+        axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3, axis="y")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        if kind != "outside the blocks":
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        if not any(value for _, value in finite):
+            axis.set_yticks([])
     for axis in axes[len(kinds) :]:
         axis.set_axis_off()
     figure.supxlabel("block (0 = first)", fontsize=10)
-    figure.supylabel("|cls - patch| / |patch|", fontsize=10)
+    figure.supylabel("relative drift |cls - patch| / |patch|", fontsize=10)
     figure.savefig(path)
 
 
