@@ -20,7 +20,8 @@ from transformers import (
 from vitweave.analysis.command import add_inspect_command
 from vitweave.analysis.report import InspectOptions, inspect_model
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
+from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
+from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone, SpecializedViTModel
 
 NUMBERS = InspectOptions(plots=False)
 TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)
@@ -126,6 +127,14 @@ def test_the_backbone_of_a_segmentation_model(tmp_path, photos):
     model.save_pretrained(tmp_path / "upernet")
     report = inspect_model(tmp_path / "upernet", photos, tmp_path / "out", options=NUMBERS)
     assert report["model_type"] == "dinov2" and report["pca"] is not None
+
+
+def test_a_trained_dense_predictor_is_measured_through_its_backbone(tmp_path, photos):
+    backbone = SpecializedViTBackbone(SpecializedViTConfig(**TINY, out_indices=[1]))
+    DensePredictorForSemanticSegmentation.from_backbone(backbone, num_labels=3).save_pretrained(tmp_path / "model")
+    report = inspect_model(tmp_path / "model", photos, tmp_path / "out", options=NUMBERS)
+    assert report["model_type"] == "specialized_vit" and report["drift"] is not None
+    assert len(report["token_similarity"]["after.norm1"]["cls_patch_cosine"]["mean"]) == 1  # block 1 is not run
 
 
 def test_options_reach_the_report(tmp_path, photos):

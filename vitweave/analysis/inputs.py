@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
+from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.13's top-level name needs torchvision
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
