@@ -25,6 +25,7 @@ from vitweave.analysis.measurement import TapStatistics
 from vitweave.analysis.measurement import measure
 from vitweave.analysis.norms import NormOutliers
 from vitweave.analysis.norms import cls_share
+from vitweave.analysis.norms import median
 from vitweave.analysis.norms import norm_outliers
 from vitweave.analysis.norms import one_role_dimensions
 from vitweave.analysis.pca import PcaMaps
@@ -179,7 +180,7 @@ def _as_json(measured: Measurement, findings: _Findings, options: InspectOptions
             "threshold": outliers.threshold,
             "fraction_above": outliers.fraction,
             "fraction_above_per_image": outliers.mask.double().mean(dim=1).tolist(),
-            "median": float(measured.patch_norms.median()),
+            "median": float(median(measured.patch_norms)),
             "max": float(measured.patch_norms.max()),
         },
         "pca": pca
