@@ -17,7 +17,8 @@ from transformers import AttentionInterface
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
-from vitweave.modeling.specialized_layers import SpecializedViTLayer, eager_attention
+from vitweave.modeling.specialized_layers import SpecializedViTLayer
+from vitweave.modeling.specialized_layers import eager_attention
 
 REFERENCE = Path(os.environ.get("VITWEAVE_REFERENCE_DIR") or Path(__file__).parent / "reference")
 CASES = sorted(REFERENCE.glob("*/vectors/*.json"))

@@ -8,25 +8,28 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import (
-    BackboneOutput,
-    BaseModelOutput,
-    BaseModelOutputWithPooling,
-    ImageClassifierOutput,
-)
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.modeling_outputs import BackboneOutput
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.pretrained import VitweavePreTrainedModel
-from vitweave.modeling.specialized_layers import (
-    ClassAttentionLayer,
-    SpecializedViTAttention,
-    SpecializedViTLayer,
-    add_bias,
-)
-from vitweave.modeling.tokens import LayerScale, by_role, tokens_to_map
-from vitweave.modeling.vit_embeddings import RelativePositionBias, SpecializedViTEmbeddings, rotary_tables
+from vitweave.modeling.specialized_layers import ClassAttentionLayer
+from vitweave.modeling.specialized_layers import SpecializedViTAttention
+from vitweave.modeling.specialized_layers import SpecializedViTLayer
+from vitweave.modeling.specialized_layers import add_bias
+from vitweave.modeling.tokens import LayerScale
+from vitweave.modeling.tokens import LowRankDown
+from vitweave.modeling.tokens import LowRankUp
+from vitweave.modeling.tokens import by_role
+from vitweave.modeling.tokens import tokens_to_map
+from vitweave.modeling.vit_embeddings import RelativePositionBias
+from vitweave.modeling.vit_embeddings import SpecializedViTEmbeddings
+from vitweave.modeling.vit_embeddings import rotary_tables
 
 
 @dataclass
@@ -50,9 +53,7 @@ class SpecializedViTPreTrainedModel(VitweavePreTrainedModel):
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            init.trunc_normal_(module.weight, mean=0.0, std=std)
-            if module.bias is not None:
-                init.zeros_(module.bias)
+            self._init_linear(module)
         elif isinstance(module, SpecializedViTEmbeddings):
             init.trunc_normal_(module.cls_token, mean=0.0, std=std)
             for tokens in (module.register_tokens, module.position_embeddings):
@@ -67,21 +68,18 @@ class SpecializedViTPreTrainedModel(VitweavePreTrainedModel):
         elif isinstance(module, SpecializedViTAttention) and self.config.attention_bias:
             init.normal_(module.bias_k, mean=0.0, std=self.config.attention_bias_init)
             init.normal_(module.bias_v, mean=0.0, std=self.config.attention_bias_init)
-        init_twins(module, equal=self.config.cls_init == "equal")
 
-
-def init_twins(module: nn.Module, equal: bool):
-    """Low-rank updates start at zero; with `equal`, full [CLS] twins start as their patch layers."""
-    for name, child in module.named_children():
-        if name.endswith("_cls_down"):
-            init.kaiming_uniform_(child.weight, a=5**0.5)
-        elif name.endswith("_cls_up"):
-            init.zeros_(child.weight)
-        elif name.endswith("_cls") and isinstance(child, nn.Linear) and equal:
-            patch_layer = getattr(module, name.removesuffix("_cls"))
-            init.copy_(child.weight, patch_layer.weight)
-            if child.bias is not None:
-                init.copy_(child.bias, patch_layer.bias)
+    def _init_linear(self, layer: nn.Linear | nn.Conv2d):
+        if isinstance(layer, LowRankDown):
+            init.kaiming_uniform_(layer.weight, a=5**0.5)
+        elif isinstance(layer, LowRankUp):
+            init.zeros_(layer.weight)
+        elif self.config.cls_init == "equal" and hasattr(layer, "patch_layer"):
+            init.copy_(layer.weight, layer.patch_layer[0].weight)  # initialised before its twin
+        else:
+            init.trunc_normal_(layer.weight, mean=0.0, std=self.config.initializer_range)
+        if layer.bias is not None:
+            init.zeros_(layer.bias)
 
 
 class SpecializedViTEncoder(SpecializedViTPreTrainedModel):

@@ -37,14 +37,25 @@ def add_linear(
     Args:
         down: name of the update's down-projection, by default `<name>_cls_down`; layers that name the same share it.
     """
-    setattr(parent, name, nn.Linear(in_features, out_features, bias=bias))
+    patch_layer = nn.Linear(in_features, out_features, bias=bias)
+    setattr(parent, name, patch_layer)
     if specialized and cls_rank:
         down = down or f"{name}_cls_down"
         if not hasattr(parent, down):
-            setattr(parent, down, nn.Linear(in_features, cls_rank, bias=False))
-        setattr(parent, f"{name}_cls_up", nn.Linear(cls_rank, out_features, bias=False))
+            setattr(parent, down, LowRankDown(in_features, cls_rank, bias=False))
+        setattr(parent, f"{name}_cls_up", LowRankUp(cls_rank, out_features, bias=False))
     elif specialized:
-        setattr(parent, f"{name}_cls", nn.Linear(in_features, out_features, bias=bias))
+        twin = nn.Linear(in_features, out_features, bias=bias)
+        twin.patch_layer = (patch_layer,)  # in a tuple it is no sub-module: only the initialisation looks at it
+        setattr(parent, f"{name}_cls", twin)
+
+
+class LowRankDown(nn.Linear):
+    """Down-projection of a low-rank update; drawn Kaiming-uniform."""
+
+
+class LowRankUp(nn.Linear):
+    """Up-projection of a low-rank update; starts at zero, so that the update does."""
 
 
 def by_role(parent: nn.Module, name: str, num_cls_rows: int, *inputs: Tensor) -> Tensor:
