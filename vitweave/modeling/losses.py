@@ -1,7 +1,7 @@
 """Losses of semantic segmentation.
 
 Each takes logits (batch, num_labels, height, width) and labels (batch, height, width) of the same size, computes in
-float32, and gives a scalar. Pixels labelled `ignore_index` count nowhere; where nothing counts the loss is 0 and still has
+float32 (float64 stays), and gives a scalar. Pixels labelled `ignore_index` count nowhere; where nothing counts the loss is 0 and still has
 a gradient (of zeros).
 """
 
@@ -23,12 +23,12 @@ class PixelLoss(nn.Module):
     def weights_of_classes(self, logits: Tensor) -> Tensor:
         """The class weights (num_labels,), ones where none are set."""
         weights = self.class_weights or [1.0] * logits.shape[1]
-        return torch.tensor(weights, dtype=torch.float32, device=logits.device)
+        return torch.tensor(weights, dtype=logits.dtype, device=logits.device)
 
     def pixel_costs(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood and weight of each pixel, both (batch, height, width) and 0 where ignored."""
-        labels = labels.long()
-        costs = F.cross_entropy(logits.float(), labels, ignore_index=self.ignore_index, reduction="none")
+        labels, logits = labels.long(), at_least_float32(logits)
+        costs = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="none")
         valid = labels != self.ignore_index
         weights = self.weights_of_classes(logits)[labels.masked_fill(~valid, 0)]
         return costs, weights.masked_fill(~valid, 0)
@@ -112,8 +112,9 @@ class DiceLoss(PixelLoss):
         self.smooth = smooth
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        logits = at_least_float32(logits)
         valid = (labels != self.ignore_index).unsqueeze(1)
-        probabilities = logits.float().softmax(dim=1).masked_fill(~valid, 0)
+        probabilities = logits.softmax(dim=1).masked_fill(~valid, 0)
         classes = torch.arange(logits.shape[1], device=logits.device)
         truth = (labels.unsqueeze(1) == classes[:, None, None]) & valid  # (batch, num_labels, height, width)
         overlap = probabilities.masked_fill(~truth, 0).sum(dim=(0, 2, 3))  # (num_labels,)
@@ -169,6 +170,10 @@ class SegmentationLoss(nn.Module):
         """Logits (batch, num_labels, height, width) and labels (batch, height, width) to a scalar."""
         check_labels(logits, labels, self.ignore_index)
         return sum(self.weights[name] * term(logits, labels) for name, term in self.terms.items())
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
