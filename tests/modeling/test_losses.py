@@ -5,7 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitweave.modeling.losses import LOSSES, CrossEntropyLoss, DiceLoss, FocalLoss, OhemLoss, SegmentationLoss
+from vitweave.modeling.losses import LOSSES
+from vitweave.modeling.losses import CrossEntropyLoss
+from vitweave.modeling.losses import DiceLoss
+from vitweave.modeling.losses import FocalLoss
+from vitweave.modeling.losses import OhemLoss
+from vitweave.modeling.losses import SegmentationLoss
 
 NUM_LABELS = 4
 WEIGHTS = [0.5, 2.0, 1.0, 3.0]
@@ -165,7 +170,9 @@ def test_the_sum_follows_its_weights():
 def test_the_sum_compiles_to_one_graph():
     logits, labels = make_case()
     loss = SegmentationLoss(NUM_LABELS, dict.fromkeys(LOSSES, 1.0), OPTIONS, WEIGHTS)
-    torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(logits, labels), loss(logits, labels))
+    torch.testing.assert_close(
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(logits, labels), loss(logits, labels)
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,6 +180,7 @@ def test_the_sum_compiles_to_one_graph():
     [
         ({"losses": {"cross_entropie": 1.0}}, "did you mean 'cross_entropy'"),
         ({"losses": {}}, "at least one loss"),
+        ({"losses": {"dice": 1.0}, "num_labels": 1}, "at least two labels"),
         ({"losses": {"dice": -1.0}}, "none of negative"),
         ({"losses": {"focal": 1.0}, "loss_options": {"focal": {"gama": 2}}}, "no option 'gama' .did you mean 'gamma'"),
         ({"losses": {"focal": 1.0}, "loss_options": {"focal": {"gamma": -1}}}, "gamma >= 0, got -1"),
@@ -185,14 +193,17 @@ def test_the_sum_compiles_to_one_graph():
 )
 def test_misspelt_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        SegmentationLoss(NUM_LABELS, **options)
+        SegmentationLoss(**{"num_labels": NUM_LABELS} | options)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda labels: labels.masked_fill(labels == 1, 7), r"class ids \[7\], but the model has 4 labels, 0 to 3"),
-        (lambda labels: labels.masked_fill(labels == 0, -1), r"class ids \[-1\]"),
+        (
+            lambda labels: labels.masked_fill(labels == 1, 7),
+            r"class ids 0 to 3 .num_labels=4. or ignore_index=255 .* got \[7\]",
+        ),
+        (lambda labels: labels.masked_fill(labels == 0, -1), r"got \[-1\]"),
         (lambda labels: labels[:, :4], r"\(2, 5, 6\), got \(2, 4, 6\)"),
         (lambda labels: labels[:, None], r"got \(2, 1, 5, 6\)"),
         (lambda labels: labels.float(), "integer class ids as labels, got torch.float32"),

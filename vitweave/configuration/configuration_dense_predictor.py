@@ -14,7 +14,7 @@ class DensePredictorConfig(VitweaveConfig):
     Args:
         backbone_config: any registered backbone; its `out_features` / `out_indices` choose the maps. None is a
             specialised ViT of base size.
-        freeze_backbone: train the head alone; the backbone's weights, dropout and statistics stand still. Saved, so that
+        freeze_backbone: train the head alone; the backbone's weights, dropout and statistics stand still. It is saved:
             a reloaded or resumed model stays frozen.
         head_type: "linear" or "mlp", see `vitweave/modeling/heads/registry.py`.
         head_options: arguments of that head's constructor.

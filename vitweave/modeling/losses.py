@@ -1,15 +1,16 @@
 """Losses of semantic segmentation.
 
 Each takes logits (batch, num_labels, height, width) and labels (batch, height, width) of the same size, computes in
-float32 (float64 stays), and gives a scalar. Pixels labelled `ignore_index` count nowhere; where nothing counts the loss is 0 and still has
-a gradient (of zeros).
+float32 (float64 stays), and gives a scalar. Pixels labelled `ignore_index` count nowhere; where nothing counts, the
+loss is 0 and still has a gradient (of zeros).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitweave.modeling.options import check_options, pick
+from vitweave.modeling.options import check_options
+from vitweave.modeling.options import pick
 
 
 class PixelLoss(nn.Module):
@@ -98,8 +99,8 @@ class OhemLoss(PixelLoss):
 class DiceLoss(PixelLoss):
     """1 - Dice overlap of probabilities and labels (arXiv:1606.04797), a weighted mean over the classes in the batch.
 
-    Overlap and areas are summed over the whole batch. A class that no label shows is left out: it has no overlap to gain,
-    and its false positives already cost the classes they cover.
+    Overlap and areas are summed over the whole batch. A class that no label shows is left out: it has no overlap to
+    gain, and its false positives already cost the classes they cover.
 
     Args:
         smooth: added above and below the fraction; larger values soften the loss of small objects.
@@ -150,9 +151,16 @@ class SegmentationLoss(nn.Module):
         ignore_index: int = 255,
     ):
         super().__init__()
+        if num_labels < 2:
+            raise ValueError(
+                f"expected at least two labels to tell apart, got num_labels={num_labels}; for one class against the"
+                " rest use num_labels=2, with 0 for the rest"
+            )
         loss_options = loss_options or {}
         if not losses or any(weight < 0 for weight in losses.values()) or not any(losses.values()):
-            raise ValueError(f"losses must name at least one loss of positive weight and none of negative, got {losses}")
+            raise ValueError(
+                f"losses must name at least one loss of positive weight and none of negative, got {losses}"
+            )
         for name in loss_options:
             pick(losses, name, "key of loss_options (only losses that are in `losses` have options)")
         check_class_weights(class_weights, num_labels)
@@ -195,18 +203,18 @@ def check_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> None:
     expected = (logits.shape[0], *logits.shape[2:])
     if labels.shape != expected:
         raise ValueError(
-            f"expected labels of the images' size (batch, height, width) = {tuple(expected)}, got {tuple(labels.shape)};"
+            f"expected labels (batch, height, width) of the images' size, {tuple(expected)}, got {tuple(labels.shape)};"
             " resize and crop image and mask together, the mask with nearest neighbours"
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"expected integer class ids as labels, got {labels.dtype}")
+        raise ValueError(f"expected integer class ids as labels, got {labels.dtype}; convert them with .long()")
     if torch.compiler.is_compiling():  # the test below depends on the values, which a compiled graph cannot branch on
         return
     num_labels = logits.shape[1]
     foreign = (labels != ignore_index) & ((labels < 0) | (labels >= num_labels))
     if foreign.any():
         raise ValueError(
-            f"labels hold the class ids {labels[foreign].unique().tolist()[:10]}, but the model has {num_labels} labels,"
-            f" 0 to {num_labels - 1}; set num_labels or id2label to match, or relabel those pixels as"
-            f" ignore_index={ignore_index}"
+            f"expected class ids 0 to {num_labels - 1} (num_labels={num_labels}) or ignore_index={ignore_index} as"
+            f" labels, got {labels[foreign].unique().tolist()[:10]}; set num_labels or id2label to match, or relabel"
+            " those pixels"
         )

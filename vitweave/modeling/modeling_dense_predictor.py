@@ -6,32 +6,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BackboneOutput
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.utils.generic import can_return_tuple
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
-from vitweave.modeling.heads.base import SegmentationHead
-from vitweave.modeling.heads.registry import SEGMENTATION_HEADS, build_segmentation_head
+from vitweave.modeling.heads.base import ProbeConv
+from vitweave.modeling.heads.registry import SEGMENTATION_HEADS
+from vitweave.modeling.heads.registry import build_segmentation_head
 from vitweave.modeling.losses import SegmentationLoss
 from vitweave.modeling.own_models import build_backbone
 from vitweave.modeling.pretrained import VitweavePreTrainedModel
 
 
 class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
-    """The part under the head: the backbone, its maps, and whether it is frozen."""
+    """The part under the head: the backbone, its maps, and whether it is frozen.
+
+    Args:
+        backbone: taken as it is, weights and all; None builds one from `config.backbone_config`.
+    """
 
     config: DensePredictorConfig
     base_model_prefix = "backbone"
-    accepts_loss_kwargs = False  # the losses are means of their own; Trainer must not scale them
     _no_split_modules = sorted(head.__name__ for head in SEGMENTATION_HEADS.values())
 
     def __init__(self, config: DensePredictorConfig, backbone: PreTrainedModel | None = None):
-        """Args:
-        backbone: takes this one, weights and all, instead of building one from `config.backbone_config`.
-        """
         super().__init__(config)
         if getattr(config.backbone_config, "reshape_hidden_states", True) is False:
-            raise ValueError("a dense predictor needs maps; set reshape_hidden_states=True in the backbone_config")
+            raise ValueError(
+                "expected a backbone that returns maps, got reshape_hidden_states=False in its config; set it to True"
+            )
         self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
         if config.freeze_backbone:
             self.freeze_backbone()
@@ -50,8 +54,7 @@ class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
 
         Args:
             backbone: a `...Backbone`, e.g. from `AutoBackbone.from_pretrained(folder, out_indices=[3, 6, 9, 12])`.
-            options: other fields of `DensePredictorConfig` (`losses`, `class_weights`, ...); the rest are options of the
-                head.
+            options: other fields of `DensePredictorConfig` (`losses`, `class_weights`, ...), and options of the head.
         """
         if not hasattr(backbone, "channels"):
             raise ValueError(
@@ -101,18 +104,18 @@ class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
 
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, SegmentationHead):
+        if isinstance(module, ProbeConv):
             module.reset_parameters()
 
-    def feature_maps(self, pixel_values: Tensor, **kwargs):
-        """Run the backbone; its `BackboneOutput`, with every map (batch, channels, height, width)."""
+    def run_backbone(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
+        """The backbone's output, with every feature map (batch, channels, height, width)."""
         check_pixel_values(pixel_values, self.config.backbone_config)
         outputs = self.backbone.forward_with_filtered_kwargs(pixel_values, **kwargs)
         for feature_map in outputs.feature_maps:
             if feature_map.ndim != 4:
                 raise ValueError(
-                    f"{type(self.backbone).__name__} returned features of shape {tuple(feature_map.shape)}, expected"
-                    " (batch, channels, height, width); set reshape_hidden_states=True in its config if it has that field"
+                    f"expected maps (batch, channels, height, width), got {tuple(feature_map.shape)} from"
+                    f" {type(self.backbone).__name__}; set reshape_hidden_states=True in its config if it has it"
                 )
         return outputs
 
@@ -120,7 +123,7 @@ class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
 class DensePredictorForSemanticSegmentation(DensePredictorPreTrainedModel):
     """Semantic segmentation: one score per class and pixel of the input.
 
-    The head reads the maps of `backbone.out_features` and its logits are upsampled bilinearly to the input's size, where
+    The head reads the maps of `backbone.out_features`; its logits are upsampled bilinearly to the input's size, where
     the losses compare them with the labels.
     """
 
@@ -146,7 +149,7 @@ class DensePredictorForSemanticSegmentation(DensePredictorPreTrainedModel):
         Returns:
             logits (batch, num_labels, height, width) and, with labels, the loss.
         """
-        outputs = self.feature_maps(pixel_values, **kwargs)
+        outputs = self.run_backbone(pixel_values, **kwargs)
         logits = self.head(list(outputs.feature_maps))
         logits = F.interpolate(logits, size=pixel_values.shape[-2:], mode="bilinear", align_corners=False)
         loss = None if labels is None else self.criterion(logits, labels)
@@ -156,7 +159,7 @@ class DensePredictorForSemanticSegmentation(DensePredictorPreTrainedModel):
 
 
 def check_pixel_values(pixel_values: Tensor, backbone_config) -> None:
-    """Refuse images that are no batch, have other channels than the backbone, or are smaller than one of its patches."""
+    """Refuse images that are no batch, have other channels than the backbone, or are smaller than its patch."""
     if pixel_values.ndim != 4:
         raise ValueError(
             f"expected pixel_values (batch, channels, height, width), got {tuple(pixel_values.shape)};"

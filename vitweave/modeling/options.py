@@ -2,7 +2,8 @@
 
 import difflib
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
+from collections.abc import Mapping
 from typing import TypeVar
 
 Part = TypeVar("Part")

@@ -8,7 +8,8 @@ from transformers.models.segformer.modeling_segformer import SegformerDecodeHead
 
 from vitweave.modeling.heads.linear import LinearHead
 from vitweave.modeling.heads.mlp import MlpHead
-from vitweave.modeling.heads.registry import SEGMENTATION_HEADS, build_segmentation_head
+from vitweave.modeling.heads.registry import SEGMENTATION_HEADS
+from vitweave.modeling.heads.registry import build_segmentation_head
 
 CHANNELS = [8, 16]
 
@@ -74,10 +75,11 @@ def test_mlp_head_is_the_decoder_of_segformer():
     config = SegformerConfig(num_encoder_blocks=2, hidden_sizes=CHANNELS, decoder_hidden_size=12, num_labels=3)
     official = randomise(SegformerDecodeHead(config)).eval()
     head = MlpHead(CHANNELS, num_labels=3, hidden_size=12).eval()
-    renames = {"linear_projections": "projections", ".proj.": ".", "linear_fuse": "fuse", "batch_norm": "norm"}
+    renames = {"linear_fuse": "fuse", "batch_norm": "norm", ".proj.": "."}
+    renames |= {"linear_projections": "projections", "linear_c": "projections"}  # named anew in transformers 5.2x
     state = {}
     for name, weight in official.state_dict().items():
-        for old, new in {**renames, "linear_c": "projections"}.items():
+        for old, new in renames.items():
             name = name.replace(old, new)
         state[name] = weight
     head.load_state_dict(state)

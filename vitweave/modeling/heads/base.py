@@ -1,7 +1,8 @@
-"""What the heads share: one constructor, and maps brought to one size."""
+"""What the heads share: one constructor, the last layer, and maps brought to one size."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 
 class SegmentationHead(nn.Module):
@@ -11,12 +12,23 @@ class SegmentationHead(nn.Module):
     of maps (batch, channels_k, height_k, width_k) to logits (batch, num_labels, height, width).
     """
 
-    def reset_parameters(self) -> None:
-        """Set the initial weights; only with `transformers.initialization`, so that loaded weights are kept."""
-        raise NotImplementedError
-
     def forward(self, feature_maps: list[Tensor]) -> Tensor:
         raise NotImplementedError
+
+
+class ProbeConv(nn.Conv2d):
+    """1x1 convolution with weights from N(0, 0.01) and no bias at the start, as in DINOv2's linear probes.
+
+    A class of its own because transformers initialises out-of-tree models leaf by leaf: what a module around this one
+    does in `_init_weights` is skipped. `reset_parameters` is called by the constructor and by `_init_weights`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.weight, std=0.01)  # unlike torch's own, leaves loaded weights as they are
+        init.zeros_(self.bias)
 
 
 def resize_map(feature_map: Tensor, size: tuple[int, int]) -> Tensor:

@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 
-from vitweave.modeling.heads.base import SegmentationHead, resize_map
+from vitweave.modeling.heads.base import ProbeConv
+from vitweave.modeling.heads.base import SegmentationHead
+from vitweave.modeling.heads.base import resize_map
 
 
 class LinearHead(SegmentationHead):
@@ -17,12 +18,7 @@ class LinearHead(SegmentationHead):
         super().__init__()
         self.dropout = nn.Dropout2d(dropout)
         self.norm = nn.BatchNorm2d(sum(in_channels), eps=1e-5, momentum=0.1)
-        self.classifier = nn.Conv2d(sum(in_channels), num_labels, kernel_size=1)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        init.normal_(self.classifier.weight, std=0.01)
-        init.zeros_(self.classifier.bias)
+        self.classifier = ProbeConv(sum(in_channels), num_labels)
 
     def forward(self, feature_maps: list[Tensor]) -> Tensor:
         """Maps (batch, channels_k, height_k, width_k) to logits (batch, num_labels, height_0, width_0)."""

@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 
-from vitweave.modeling.heads.base import SegmentationHead, resize_map
+from vitweave.modeling.heads.base import SegmentationHead
+from vitweave.modeling.heads.base import resize_map
 
 
 class MlpHead(SegmentationHead):
@@ -20,13 +20,6 @@ class MlpHead(SegmentationHead):
         self.norm = nn.BatchNorm2d(hidden_size)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Conv2d(hidden_size, num_labels, kernel_size=1)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for layer in (*self.projections, self.fuse, self.classifier):
-            init.normal_(layer.weight, std=0.02)
-            if layer.bias is not None:
-                init.zeros_(layer.bias)
 
     def forward(self, feature_maps: list[Tensor]) -> Tensor:
         """Maps (batch, channels_k, height_k, width_k) to logits at the size of the largest map."""
