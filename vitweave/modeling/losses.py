@@ -181,6 +181,7 @@ class SegmentationLoss(nn.Module):
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
+    """Half precision becomes float32; float64 stays."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -190,6 +191,7 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def check_class_weights(class_weights: list[float] | None, num_labels: int) -> None:
+    """Refuse weights that are not one finite number >= 0 per label."""
     if class_weights is None:
         return
     if len(class_weights) != num_labels:
