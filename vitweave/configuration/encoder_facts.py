@@ -79,15 +79,18 @@ class EncoderFacts:
 
     def resolve_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
         """Layer indices as they are stored: negative ones counted from the last layer and made absolute."""
+        if isinstance(layers, int):
+            raise ValueError(f"expected a list of layers, got {layers}; write layers=[{layers}] for one")
         resolved = tuple(self.num_layers + 1 + layer if layer < 0 else layer for layer in layers)
         wrong = [
             layer for layer, n in zip(layers, resolved, strict=True) if not self.first_layer <= n <= self.num_layers
         ]
         if wrong:
-            reason = " (layer 0, the embeddings, is not separate from the first stage here)" if self.first_layer else ""
+            first, last = self.first_layer, self.num_layers
+            reason = "; it has no layer 0, its embeddings are not separate from layer 1" if first else ""
             raise ValueError(
-                f"expected layers {self.first_layer}..{self.num_layers}{reason} or -1..{self.first_layer - self.num_layers - 1},"
-                f" counted backwards from the last; got {wrong}"
+                f"expected layers {first}..{last}, or -1..{first - last - 1} counted backwards from the last; got {wrong}"
+                f" for an encoder of {last} layers{reason}"
             )
         if not resolved:
             raise ValueError(f"expected at least one layer, e.g. layers=[{self.num_layers}] for the last; got none")
@@ -187,7 +190,7 @@ def _segformer(config: PreTrainedConfig) -> EncoderFacts:
 
 def _mobilenet_v2(config: PreTrainedConfig) -> EncoderFacts:
     def scaled(channels: int) -> int:  # the published rounding: to the divisor, but never more than 10 % down
-        wanted = int(round(channels * config.depth_multiplier))
+        wanted = round(channels * config.depth_multiplier)
         divisor = config.depth_divisible_by
         rounded = max(config.min_depth, int(wanted + divisor / 2) // divisor * divisor)
         return rounded + divisor if rounded < 0.9 * wanted else rounded
@@ -234,7 +237,7 @@ ENCODER_FACTS: dict[str, Callable[[PreTrainedConfig], EncoderFacts]] = {
 
 
 def vision_part(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the vision encoder inside a config of several models (CLIP, SigLIP, SAM, InternVL); itself if none."""
+    """The vision encoder's config in a config of several models (CLIP, SigLIP, SAM, InternVL); else itself."""
     return getattr(config, "vision_config", config)
 
 

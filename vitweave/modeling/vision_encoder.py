@@ -1,4 +1,4 @@
-"""Any vision model of transformers seen as `VisionFeatures`: class tokens, registers, patches and grid of chosen layers."""
+"""Any vision model of transformers seen as `VisionFeatures`: class tokens, registers, patches, grid of chosen layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,11 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import logging
 
 from vitweave.configuration.encoder_configs import resolve_config
-from vitweave.configuration.encoder_facts import EncoderFacts
-from vitweave.configuration.encoder_facts import vision_part
+from vitweave.configuration.encoder_facts import EncoderFacts, vision_part
 from vitweave.modeling.own_models import build_model
-from vitweave.modeling.tokens import split_prefix
-from vitweave.modeling.tokens import tokens_to_map
-from vitweave.modeling.vision_families import VISION_FAMILIES
-from vitweave.modeling.vision_families import VisionFamily
+from vitweave.modeling.tokens import split_prefix, tokens_to_map
+from vitweave.modeling.vision_families.base import VisionFamily
+from vitweave.modeling.vision_families.registry import VISION_FAMILIES
 from vitweave.modeling.vit_embeddings import check_pixel_values
 
 logger = logging.get_logger(__name__)
@@ -55,7 +53,7 @@ class VisionFeatures:
 
 
 class VisionEncoder(nn.Module):
-    """A vision model that returns the layers it is asked for, runs no block behind the deepest of them and keeps no other.
+    """A vision model that returns the layers it is asked for, runs no block behind the deepest and keeps no other.
 
     It calls the native embeddings, blocks and final norm in turn (`vision_families`) instead of the native forward:
     recording hooks run every block and keep every state, raising from a hook to stop cannot be compiled or exported,
@@ -162,11 +160,12 @@ class VisionEncoder(nn.Module):
 def find_vision_model(model: nn.Module) -> PreTrainedModel:
     """The first part of `model` that is a known vision model: of a classifier its base, of CLIP its vision tower."""
     for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part.config.model_type in VISION_FAMILIES:
-            if isinstance(part, VISION_FAMILIES[part.config.model_type].model_classes(part.config)):
-                return part
+        family = VISION_FAMILIES.get(part.config.model_type) if isinstance(part, PreTrainedModel) else None
+        if family is not None and isinstance(part, family.model_classes(part.config)):
+            return part
     raise ValueError(
-        f"expected a model that holds a known vision encoder, got {type(model).__name__}; known: {sorted(VISION_FAMILIES)}"
+        f"expected a model that holds a known vision encoder, got {type(model).__name__};"
+        f" known model types: {sorted(VISION_FAMILIES)}"
     )
 
 

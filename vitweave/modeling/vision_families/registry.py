@@ -1,0 +1,45 @@
+"""The family of each model type; adding one is a line here and, for its facts, a line in `ENCODER_FACTS`."""
+
+from vitweave.modeling.vision_families.base import VisionFamily
+from vitweave.modeling.vision_families.maps import ConvNext, Dinov3ConvNext, MobileNetV2, Sam, Segformer, Swin, Swinv2
+from vitweave.modeling.vision_families.specialized import Specialized
+from vitweave.modeling.vision_families.timm_models import Timm
+from vitweave.modeling.vision_families.vit import (
+    Beit,
+    Clip,
+    Dinov2,
+    Dinov3,
+    Mae,
+    PatchMean,
+    Radio,
+    ResizedViT,
+    Siglip,
+    Siglip2,
+)
+
+VISION_FAMILIES: dict[str, VisionFamily] = {
+    "beit": Beit(),
+    "clip_vision_model": Clip(),
+    "convnext": ConvNext(),
+    "convnextv2": ConvNext(),
+    "deit": ResizedViT(),
+    "dinov2": Dinov2(),
+    "dinov2_with_registers": Dinov2(),
+    "dinov3_convnext": Dinov3ConvNext(),
+    "dinov3_vit": Dinov3(),
+    "ijepa": PatchMean(),
+    "internvl_vision": Dinov2(),
+    "mobilenet_v2": MobileNetV2(),
+    "radio": Radio(),
+    "sam_vision_model": Sam(),
+    "segformer": Segformer(),
+    "siglip2_vision_model": Siglip2(),
+    "siglip_vision_model": Siglip(),
+    "specialized_vit": Specialized(),
+    "swin": Swin(),
+    "swinv2": Swinv2(),
+    "timm_wrapper": Timm(),
+    "vit": ResizedViT(),
+    "vit_mae": Mae(),
+    "vit_msn": ResizedViT(),
+}
