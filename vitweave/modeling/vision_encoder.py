@@ -137,13 +137,25 @@ class VisionEncoder(nn.Module):
         Args:
             pixel_values: (batch, channels, height, width), normalised as the model's own processor does it.
         """
-        check_pixel_values(pixel_values, self.facts.num_channels, self.facts.strides[self.facts.first_layer])
-        self.family.check_size(self.model, *pixel_values.shape[-2:])
+        self.check(pixel_values)
         pixels = pixel_values.to(self.model.dtype)
         states, pooled = self.family.run(self.model, self.facts, pixels, self.layers, self.final_norm)
         parts = [self.split(state, pixels.shape[-2:], layer) for state, layer in zip(states, self.layers, strict=True)]
         class_tokens, registers, patches, grids = zip(*parts, strict=True)
         return VisionFeatures(self.layers, class_tokens, registers, patches, grids, pooled)
+
+    def check(self, pixel_values: Tensor):
+        """Refuse images the model cannot take."""
+        check_pixel_values(pixel_values, self.facts.num_channels, self.facts.strides[self.facts.first_layer])
+        height, width = pixel_values.shape[-2:]
+        deepest = max(self.layers)
+        if min(self.facts.grid_for(height, width, deepest)) < 1:
+            smallest = self.facts.strides[deepest]
+            raise ValueError(
+                f"expected an image of at least {smallest[0]}x{smallest[1]} pixels for layer {deepest}, got"
+                f" {height}x{width}; resize it first"
+            )
+        self.family.check_size(self.model, height, width)
 
     def split(
         self, state: Tensor, image_size: tuple[int, int], layer: int
