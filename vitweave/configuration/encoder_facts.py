@@ -1,6 +1,7 @@
 """What the config of a vision encoder says about its features: widths, grids, class tokens, layer by layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -237,7 +238,7 @@ ENCODER_FACTS: dict[str, Callable[[PreTrainedConfig], EncoderFacts]] = {
 
 
 def vision_part(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The vision encoder's config in a config of several models (CLIP, SigLIP, SAM, InternVL); else itself."""
+    """The vision encoder's config in that of CLIP, SigLIP, SAM, InternVL ...; any other config is returned as it is."""
     return getattr(config, "vision_config", config)
 
 

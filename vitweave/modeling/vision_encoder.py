@@ -1,4 +1,4 @@
-"""Any vision model of transformers seen as `VisionFeatures`: class tokens, registers, patches, grid of chosen layers."""
+"""Any vision model of transformers seen as `VisionFeatures`: class tokens, registers, patches of chosen layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +9,25 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import logging
 
 from vitweave.configuration.encoder_configs import resolve_config
-from vitweave.configuration.encoder_facts import EncoderFacts, vision_part
+from vitweave.configuration.encoder_facts import EncoderFacts
+from vitweave.configuration.encoder_facts import vision_part
 from vitweave.modeling.own_models import build_model
-from vitweave.modeling.tokens import split_prefix, tokens_to_map
+from vitweave.modeling.tokens import split_prefix
+from vitweave.modeling.tokens import tokens_to_map
 from vitweave.modeling.vision_families.base import VisionFamily
 from vitweave.modeling.vision_families.registry import VISION_FAMILIES
 from vitweave.modeling.vit_embeddings import check_pixel_values
 
 logger = logging.get_logger(__name__)
+
+HUB_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+)  # where to load from
 
 
 @dataclass
@@ -96,15 +107,16 @@ class VisionEncoder(nn.Module):
         cls, name: str | PathLike, layers: Sequence[int] = (-1,), final_norm: bool = True, **options
     ) -> "VisionEncoder":
         """The vision model of a checkpoint (also of CLIP, SigLIP, SAM, InternVL); `options` go to `from_pretrained`."""
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **{key: options[key] for key in HUB_OPTIONS if key in options})
         part = vision_part(config)
         family_of(part)
         model, info = AutoModel.from_pretrained(name, config=part, output_loading_info=True, **options)
         missing = sorted(info["missing_keys"])
         if missing and part is not config:  # a tower that sits deeper in the checkpoint is loaded with its host
-            model, missing = AutoModel.from_pretrained(name, **options), []
+            model, info = AutoModel.from_pretrained(name, output_loading_info=True, **options)
+            missing = sorted(info["missing_keys"])
         poolers = [key for key in missing if key.startswith("pooler.")]
-        if poolers == missing and missing:
+        if missing and poolers == missing:
             logger.warning(f"{name} has no weights for {poolers}: `pooled` is untrained, the tokens are not affected.")
         elif missing:
             raise ValueError(f"expected {name} to hold a whole {config.model_type} encoder, but it lacks {missing}")

@@ -90,7 +90,8 @@ class Sam(MapFamily):
     """SAM: windowed blocks on a map with the channels last; the neck, which changes the width, is the last layer."""
 
     def model_classes(self, config):
-        from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionModel
+        from transformers.models.sam.modeling_sam import SamVisionEncoder
+        from transformers.models.sam.modeling_sam import SamVisionModel
 
         return (SamVisionModel, SamVisionEncoder)  # as an encoder of its own, and as a part of SamModel
 
