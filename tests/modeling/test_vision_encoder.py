@@ -6,6 +6,8 @@ from torch import nn
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     PreTrainedModel,
     ResNetConfig,
     SamConfig,
@@ -396,6 +398,20 @@ def test_checkpoints_load_whole_or_not_at_all(tmp_path, caplog):
     shallow.save_pretrained(tmp_path / "lacking")
     with pytest.raises(ValueError, match=r"whole dinov2 encoder, but it lacks \['encoder.layer.3"):
         VisionEncoder.from_pretrained(tmp_path / "lacking")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_tower_deep_in_a_checkpoint_is_loaded_with_its_host(tmp_path):
+    text = {"model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**text, "num_key_value_heads": 2, "intermediate_size": 32, "vocab_size": 64}
+    config = InternVLConfig(vision_config=CASES["internvl_vision"], text_config=text)
+    host = InternVLForConditionalGeneration(config).eval()
+    host.save_pretrained(tmp_path)
+    pixel_values = images("internvl_vision")
+    features = VisionEncoder.from_pretrained(tmp_path).eval()(pixel_values)
+    expected = host.model.vision_tower(pixel_values).last_hidden_state
+    torch.testing.assert_close(as_sequence(features, 0), expected)
 
 
 class HolderConfig(VitweaveConfig):

@@ -90,8 +90,8 @@ class EncoderFacts:
             first, last = self.first_layer, self.num_layers
             reason = "; it has no layer 0, its embeddings are not separate from layer 1" if first else ""
             raise ValueError(
-                f"expected layers {first}..{last}, or -1..{first - last - 1} counted backwards from the last; got {wrong}"
-                f" for an encoder of {last} layers{reason}"
+                f"expected layers {first}..{last}, or -1..{first - last - 1} counted backwards from the last;"
+                f" got {wrong} for an encoder of {last} layers{reason}"
             )
         if not resolved:
             raise ValueError(f"expected at least one layer, e.g. layers=[{self.num_layers}] for the last; got none")
