@@ -194,6 +194,7 @@ def find_vision_model(model: nn.Module) -> PreTrainedModel:
 
 
 def family_of(config: PreTrainedConfig) -> VisionFamily:
+    """How models of this config are run."""
     if config.model_type not in VISION_FAMILIES:
         raise ValueError(
             f"expected a config of a known vision encoder, got the model_type {config.model_type!r};"
