@@ -230,7 +230,7 @@ class VitweavePreTrainedModel(PreTrainedModel):
             return super().save_pretrained(save_directory, *args, **kwargs)
         kwargs.setdefault("repo_id", folder.name)  # read only when pushing; transformers takes the folder's name too
         with replace_when_done(folder) as staging:
-            return super().save_pretrained(staging, *args, **kwargs)
+            return super().save_pretrained(str(staging), *args, **kwargs)
 
 
 def unset_value(buffer: Tensor) -> float | int | bool:
