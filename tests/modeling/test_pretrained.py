@@ -269,6 +269,8 @@ def test_missing_base_weights_are_refused(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"1 are missing and would be random: toy.swin_encoder"):
         ToyForImageClassification.from_pretrained(tmp_path)
+    _, info = ToyForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert len(info["missing_keys"]) == 1
 
 
 def test_a_checkpoint_of_another_family_is_refused(tmp_path):

@@ -44,6 +44,8 @@ class SpecializedViTPreTrainedModel(VitweavePreTrainedModel):
 
     config_class = SpecializedViTConfig
     base_model_prefix = "specialized_vit"
+    built_by = "from_vit"
+    _keys_to_ignore_on_load_missing = ["mask_token"]  # starts at zero, may be added to any checkpoint
     _no_split_modules = ["SpecializedViTEmbeddings", "SpecializedViTLayer", "ClassAttentionLayer"]
     _can_record_outputs = {"hidden_states": SpecializedViTLayer, "attentions": SpecializedViTAttention}
     _input_embed_layer = "patch_embeddings"

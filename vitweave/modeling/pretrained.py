@@ -129,19 +129,26 @@ class VitweavePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs) -> Any:
-        """As in transformers, but only from safetensors, and never with the weights of the base model missing."""
+        """As in transformers, but only from safetensors, and not with weights of the base model missing.
+
+        With `output_loading_info=True` the caller gets the missing names, as in transformers, instead of an error.
+        """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False asks for a pickle; vitweave opens safetensors only")
         kwargs["use_safetensors"] = True
         source, subfolder = pretrained_model_name_or_path, kwargs.get("subfolder", "")
-        if source is None:
-            return super().from_pretrained(source, *args, **kwargs)
-        cls._refuse_other_model_type(source, kwargs)
-        refuse_pickle(source, subfolder)
+        if source is not None:  # None: the weights come as `state_dict`
+            cls._refuse_other_model_type(source, kwargs)
+            refuse_pickle(source, subfolder)
         try:
-            return super().from_pretrained(source, *args, **kwargs)
+            loaded = super().from_pretrained(source, *args, **kwargs)
         except SafetensorError as error:
             raise unreadable_weights(source, subfolder, error) from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        missing = model.__dict__.pop("_missing_in_checkpoint", ())
+        if model is loaded and source is not None:
+            model._check_base_model_is_loaded(source, missing)
+        return loaded
 
     @classmethod
     def _refuse_other_model_type(cls, source: str | os.PathLike, options: dict):
@@ -168,8 +175,7 @@ class VitweavePreTrainedModel(PreTrainedModel):
             # Otherwise `save_pretrained` would write the names of the file that was read, whatever they were
             model._weight_conversions = None
         model._check_buffers_are_set()
-        if load_config.pretrained_model_name_or_path is not None:
-            model._check_base_model_is_loaded(load_config.pretrained_model_name_or_path, loading_info.missing_keys)
+        model._missing_in_checkpoint = set(loading_info.missing_keys)  # an adapter loaded next replaces loading_info
         return loading_info
 
     def _check_buffers_are_set(self):
