@@ -87,6 +87,12 @@ def test_with_vitweave_installed_the_own_class_opens_the_folder(tmp_path):
     torch.testing.assert_close(loaded(**pixels).logits, model(**pixels).logits)
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+@pytest.mark.torchvision
+def test_the_processor_opens_by_its_auto_class(tmp_path):
+    pytest.importorskip("torchvision", reason="needs torchvision")
+    folder = export(classifier(), tmp_path / "out", PROCESSOR, verify=False)
     assert isinstance(AutoImageProcessor.from_pretrained(folder, backend="pil"), BitImageProcessorPil)
 
 

@@ -120,7 +120,7 @@ def test_names_that_would_clash_keep_their_first_folder():
         ("from toyweave.modeling.blocks.mlp import Mlp; x = 1\n", "line of its own"),
         ("if True: from toyweave.modeling.blocks.mlp import Mlp\n", "line of its own"),
         ("from toyweave.hub.export import push\n", "never belongs to published code"),
-        ("import os\n", "not 'os'"),
+        ("import subprocess\n", "not 'subprocess'"),
         ("def f():\n    import peft\n", "line 2: `import peft`: published code may import torch"),
         ("import torchvision\n", "must stand under `if is_torchvision_available"),
         ("x = eval('1')\n", r"eval\(\) has no place"),

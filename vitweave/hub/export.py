@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitInfo, HfApi
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import ImageProcessingMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from vitweave.hub.card import CardInfo, model_card
-from vitweave.hub.families import Family, auto_class_of, find_family, processor_references
+from vitweave.hub.families import Family, auto_class_of, find_family, find_processor_class, processor_references
 from vitweave.hub.flatten import flatten
 from vitweave.hub.verify_bundle import check_bundle, output_tensors, to_model
 
@@ -158,11 +158,13 @@ def load_model(source: str | Path) -> PreTrainedModel:
     return model.eval()
 
 
-def load_processor(source: str | Path) -> object | None:
-    """The image processor saved beside a model, or None; code beside it is never run."""
-    if cached_file(source, PROCESSOR_FILE, _raise_exceptions_for_missing_entries=False) is None:
+def load_processor(source: str | Path) -> ImageProcessingMixin | None:
+    """The saved image processor or None. Its class is ours or transformers'; an `auto_map` is ignored."""
+    path = cached_file(source, PROCESSOR_FILE, _raise_exceptions_for_missing_entries=False)
+    if path is None:
         return None
-    return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+    named = json.loads(Path(path).read_text(encoding="utf-8")).get("image_processor_type")
+    return find_processor_class(named).from_pretrained(source)
 
 
 def _exportable(model: PreTrainedModel) -> Family:

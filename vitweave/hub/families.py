@@ -1,10 +1,12 @@
 """Which own classes belong together: config, model classes by Auto class, image processors by backend."""
 
 import ast
-import importlib
+import importlib.util
 from dataclasses import dataclass
 
-from transformers import PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import ImageProcessingMixin, PreTrainedConfig, PreTrainedModel
+from transformers.utils import is_torchvision_available
 
 from vitweave.auto import FAMILIES
 from vitweave.hub.flatten import module_source
@@ -69,11 +71,25 @@ def processor_references(processor: object) -> dict[str, str]:
         if "torchvision" not in found and "pil" in found:
             twin = _torchvision_twin(classes["pil"])
             found = ({"torchvision": twin} if twin else {}) | found
-        return dict(sorted(found.items(), reverse=True))  # torchvision first: the default of AutoImageProcessor
+        return found
     raise ValueError(
         f"expected an image processor of vitweave or transformers, got {kind.__module__}.{kind.__name__}, whose code"
         " would be missing in the exported folder"
     )
+
+
+def find_processor_class(named: str | None) -> type[ImageProcessingMixin]:
+    """The class behind the `image_processor_type` of a saved processor, for the backend that is installed.
+
+    Both backends are saved under the name of the torchvision class; the other one is called `...Pil`.
+    """
+    own = {cls.__name__: cls for family in families().values() for cls in family.processors.values() if cls is not None}
+    base = str(named).removesuffix("Fast").removesuffix("Pil")
+    for name in (base, f"{base}Pil") if is_torchvision_available() else (f"{base}Pil", base):
+        found = own.get(name) or getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, ImageProcessingMixin):
+            return found
+    raise ValueError(f"expected an image processor of transformers or one of {sorted(own)}, got {named!r}")
 
 
 def _torchvision_twin(pil_class: type) -> str | None:

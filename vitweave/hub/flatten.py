@@ -22,8 +22,8 @@ from pathlib import Path
 ALLOWED_PACKAGES = frozenset((
     "torch", "transformers", "numpy", "PIL", "safetensors", "huggingface_hub",
     "__future__", "abc", "bisect", "collections", "contextlib", "copy", "dataclasses", "difflib", "enum", "fractions",
-    "functools", "hashlib", "inspect", "itertools", "json", "logging", "math", "numbers", "operator", "pathlib",
-    "random", "re", "statistics", "string", "textwrap", "types", "typing", "warnings", "weakref",
+    "functools", "hashlib", "inspect", "itertools", "json", "logging", "math", "numbers", "operator", "os", "pathlib",
+    "random", "re", "shutil", "statistics", "string", "tempfile", "textwrap", "types", "typing", "warnings", "weakref",
 ))
 # fmt: on
 GUARDED_PACKAGES = frozenset({"torchvision"})

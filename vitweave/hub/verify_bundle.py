@@ -88,7 +88,7 @@ def _compare(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) ->
 
 
 def open_bundle(folder: str, auto_class: str) -> torch.nn.Module:
-    """Load the model, every other class of the `auto_map` and the image processor from the folder's own code."""
+    """Load the model, every other class of the `auto_map` and the image processors from the folder's own code."""
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -106,9 +106,19 @@ def open_bundle(folder: str, auto_class: str) -> torch.nn.Module:
             raise RuntimeError(f"{problem}: {sorted(map(str, loading[problem]))[:3]}")
     if not type(model).__module__.startswith("transformers_modules."):
         raise RuntimeError(f"the model came from {type(model).__module__}, not from the exported folder")
-    if (Path(folder) / "preprocessor_config.json").exists():
-        transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    for backend, reference in _own_processors(Path(folder)).items():
+        processor_class = get_class_from_dynamic_module(reference, folder)
+        if backend != "torchvision" or transformers.utils.is_torchvision_available():
+            processor_class.from_pretrained(folder)
     return model
+
+
+def _own_processors(folder: Path) -> dict[str, str]:
+    """backend -> class of the bundle; AutoImageProcessor itself needs torchvision in older transformers."""
+    path = folder / "preprocessor_config.json"
+    auto_map = json.loads(path.read_text()).get("auto_map", {}) if path.exists() else {}
+    found = auto_map.get("AutoImageProcessor", {})
+    return found if isinstance(found, dict) else {"the saved one": found}  # saving again keeps one class
 
 
 def main(job_file: str) -> None:
