@@ -5,6 +5,7 @@ import torch
 
 from vitweave.cli import main
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.hub import export as export_module
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
 
 
@@ -29,9 +30,11 @@ def test_export_writes_the_folder(saved, tmp_path, capsys):
     assert "not checked" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_export_checks_the_folder_by_itself(saved, tmp_path, capsys):
+def test_export_checks_the_folder_by_itself(saved, tmp_path, capsys, monkeypatch):
+    checked = []
+    monkeypatch.setattr(export_module, "check_bundle", lambda folder, *args: checked.append(folder.name))
     assert main(["export", str(saved), str(tmp_path / "out")]) == 0
+    assert checked == ["out"]
     assert "checked in a process without vitweave" in capsys.readouterr().out
 
 
@@ -40,7 +43,7 @@ def test_export_checks_the_folder_by_itself(saved, tmp_path, capsys):
     [
         (lambda saved: (saved / "config.json").write_text('{"model_type": "vit"}'), "expected a vitweave model"),
         (lambda saved: (saved / "config.json").write_text("{"), "not a valid JSON file"),
-        (lambda saved: (saved / "model.safetensors").write_bytes(b"cut"), "damaged or"),
+        (lambda saved: (saved / "model.safetensors").write_bytes(b"cut"), "truncated or damaged"),
         (lambda saved: (saved / "vitweave_card.json").write_text('{"licence": 1}'), "unknown keys ['licence']"),
         (lambda saved: (saved.parent / "out").mkdir() or (saved.parent / "out" / "x").touch(), "is not empty"),
     ],

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -18,12 +19,20 @@ from transformers import (
     Dinov2Model,
 )
 
+from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.hub import export as export_module
 from vitweave.hub import verify_bundle
 from vitweave.hub.card import CardInfo
-from vitweave.hub.export import export, load_model, load_processor, push_to_hub_with_code, random_image
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification, SpecializedViTModel
+from vitweave.hub.export import export
+from vitweave.hub.export import load_model
+from vitweave.hub.export import load_processor
+from vitweave.hub.export import push_to_hub_with_code
+from vitweave.hub.export import random_image
+from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
+from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
+from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
+from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "num_labels": 3}
 PROCESSOR = BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
@@ -32,6 +41,13 @@ PROCESSOR = BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height"
 def classifier(**options):
     torch.manual_seed(0)
     return SpecializedViTForImageClassification(SpecializedViTConfig(**(TINY | options))).eval()
+
+
+def segmenter():
+    """A composite with one of our own models inside."""
+    torch.manual_seed(0)
+    backbone = SpecializedViTConfig(**TINY, num_register_tokens=2, qkv_blocks=2, out_indices=[1, 3])
+    return DensePredictorForSemanticSegmentation(DensePredictorConfig(backbone_config=backbone, num_labels=3)).eval()
 
 
 @pytest.fixture
@@ -70,12 +86,34 @@ def test_every_auto_class_of_the_family_is_in_the_auto_map_and_names_a_file(tmp_
     }
 
 
+def test_a_composite_brings_its_parts_and_both_image_processors(tmp_path):
+    folder = export(segmenter(), tmp_path / "out", SegmentationImageProcessorPil(), verify=False)
+    files = {path.name for path in folder.iterdir()}
+    assert {"modeling_dense_predictor.py", "own_models.py", "modeling_specialized_vit.py", "heads_linear.py"} < files
+    auto_map = json.loads((folder / "preprocessor_config.json").read_text())["auto_map"]
+    assert auto_map == {
+        "AutoImageProcessor": {
+            "torchvision": "image_processing_segmentation.SegmentationImageProcessor",
+            "pil": "image_processing_pil_segmentation.SegmentationImageProcessorPil",
+        }
+    }
+    assert {f"{reference.partition('.')[0]}.py" for reference in auto_map["AutoImageProcessor"].values()} < files
+    assert type(load_processor(folder)).__name__.startswith("SegmentationImageProcessor")
+
+
 def test_a_foreign_auto_map_is_replaced(tmp_path):
     model = classifier()
     model.config.auto_map = {"AutoModel": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
     folder = export(model, tmp_path / "out", verify=False)
     assert "evil" not in (folder / "config.json").read_text()
     assert model.config.auto_map["AutoModel"] == "evil.Evil"  # the caller's model is left as it was
+
+
+def test_an_auto_map_of_a_part_is_dropped(tmp_path):
+    model = segmenter()
+    model.config.backbone_config.auto_map = {"AutoModel": "evil.Evil"}
+    folder = export(model, tmp_path / "out", verify=False)
+    assert "evil" not in (folder / "config.json").read_text()
 
 
 def test_with_vitweave_installed_the_own_class_opens_the_folder(tmp_path):
@@ -109,17 +147,23 @@ def test_modes_of_the_model_are_restored_after_the_check(tmp_path, monkeypatch):
 
 SAVE_AGAIN = """
 import runpy, sys
+from pathlib import Path
 folder, again, verify_bundle = sys.argv[1:]
 tools = runpy.run_path(verify_bundle)
 sys.meta_path.insert(0, tools["PackageBlocker"]("vitweave"))
-tools["open_bundle"](folder, "AutoModelForImageClassification").save_pretrained(again)
+tools["open_bundle"](folder, "AutoModelForSemanticSegmentation").save_pretrained(again)
+
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+kind = get_class_from_dynamic_module(tools["own_processors"](Path(folder))["pil"], folder)
+kind.register_for_auto_class()  # what AutoImageProcessor does
+kind.from_pretrained(folder).save_pretrained(again)
 """
 
 
 @pytest.mark.slow
-def test_the_export_loads_without_vitweave_and_again_after_the_user_saved_it(tmp_path):
-    model = classifier(num_register_tokens=2, qkv_blocks=2)
-    folder = export(model, tmp_path / "out", PROCESSOR)  # loads it in a clean process and compares the logits
+def test_an_export_loads_without_vitweave_and_again_after_the_user_saved_it(tmp_path):
+    model = segmenter()
+    folder = export(model, tmp_path / "out", SegmentationImageProcessorPil())  # loads it and compares the logits
 
     again, work = tmp_path / "again", tmp_path / "work"
     work.mkdir()
@@ -128,7 +172,10 @@ def test_the_export_loads_without_vitweave_and_again_after_the_user_saved_it(tmp
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
     pixels = random_image(model.config)
     expected = verify_bundle.output_tensors(model(**pixels))
-    verify_bundle.check_bundle(again, work, "AutoModelForImageClassification", "vitweave", pixels, expected)
+    verify_bundle.check_bundle(again, work, "AutoModelForSemanticSegmentation", "vitweave", pixels, expected)
+    assert list(verify_bundle.own_processors(again).values()) == [
+        "image_processing_pil_segmentation.SegmentationImageProcessorPil"
+    ]
 
 
 def test_a_blocked_package_cannot_be_imported(monkeypatch):
@@ -154,6 +201,12 @@ def test_other_outputs_are_noticed(monkeypatch, tmp_path, got, reason):
     expected = {"output.logits": torch.ones(1, 3)}
     with pytest.raises(RuntimeError, match=reason):
         verify_bundle.check_bundle(tmp_path, tmp_path, "AutoModel", "vitweave", {}, expected)
+
+
+def test_half_precision_is_compared_loosely():
+    model = classifier()
+    assert verify_bundle.tolerance_of(model) == 1e-4
+    assert verify_bundle.tolerance_of(model.to(torch.bfloat16)) == 5e-2
 
 
 def test_outputs_are_compared_at_every_depth():
@@ -225,7 +278,8 @@ def test_foreign_models_and_processors_are_refused(tmp_path):
 
 
 def test_adapters_must_be_merged_first(tmp_path):
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
+    from peft import get_peft_model
 
     adapted = get_peft_model(classifier(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="merge_and_unload"):
@@ -274,7 +328,7 @@ def test_damaged_weights_are_refused(saved):
     weights = saved / "model.safetensors"
     tensors = load_file(weights)
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="damaged or cut off"):
+    with pytest.raises(ValueError, match="truncated or damaged file"):
         load_model(saved)
     tensors.pop("classifier.weight")
     save_file(tensors, weights, metadata={"format": "pt"})
@@ -282,7 +336,7 @@ def test_damaged_weights_are_refused(saved):
         load_model(saved)
     weights.unlink()
     torch.save(tensors, saved / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"expected \*\.safetensors"):
+    with pytest.raises(ValueError, match=r"expected model\.safetensors in .*a pickle"):
         load_model(saved)
 
 

@@ -6,9 +6,11 @@ import sys
 import textwrap
 
 import pytest
-from transformers.dynamic_module_utils import get_imports, get_relative_imports
+from transformers.dynamic_module_utils import get_imports
+from transformers.dynamic_module_utils import get_relative_imports
 
-from vitweave.hub.flatten import flat_names, flatten
+from vitweave.hub.flatten import flat_names
+from vitweave.hub.flatten import flatten
 
 # What each module of the small package says.
 TOY = {
