@@ -23,6 +23,7 @@ from vitweave.hub.flatten import flatten
 from vitweave.hub.verify_bundle import check_bundle
 from vitweave.hub.verify_bundle import output_tensors
 from vitweave.hub.verify_bundle import to_model
+from vitweave.hub.verify_bundle import tolerance_of
 
 PROCESSOR_FILE = "preprocessor_config.json"
 

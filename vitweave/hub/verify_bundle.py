@@ -84,7 +84,7 @@ def check_bundle(
 
 
 def tolerance_of(model: torch.nn.Module) -> float:
-    """How far outputs may differ, relative to the largest: the last digits where this process computes as the other one.
+    """How far outputs may differ, relative to the largest: in the last digits where both processes compute alike.
 
     The other process runs on the CPU with the default attention. Half precision and the TF32 convolutions of a GPU keep
     two or three digits; lost or exchanged weights change the first.
