@@ -94,11 +94,11 @@ def check_channels(image, channels: int | None) -> None:
     if got == 4 and channels != 4:
         raise ValueError(
             "expected 3 channels, got an array with 4, which may be RGBA or RGB with a fourth measurement; pass "
-            "do_convert_rgb=True (or the PIL picture) if the fourth is opacity, else image_mean and image_std with 4 entries"
+            "do_convert_rgb=True (or the PIL picture) if the fourth is opacity, else an image_mean and image_std of 4 entries"
         )
     if channels is not None and got != channels:
         raise ValueError(
-            f"expected {channels} channels (the length of image_mean), got {got}; give image_mean and image_std {got} entries"
+            f"expected {channels} channels (the length of image_mean), got {got}; give mean and std {got} entries"
         )
 
 
@@ -125,6 +125,13 @@ class SegmentationSteps:
         if refused:
             raise ValueError(f"{refused} not supported here; crop with SegmentationAugmentation, pad with size_divisor")
         super()._validate_preprocess_kwargs(**kwargs)
+
+    def _prepare_images_structure(self, images, expected_ndims: int = 3):
+        """Let single-channel arrays (height, width) pass too, alone or in a list."""
+        listed = images if isinstance(images, (list, tuple)) else [images]
+        if listed and all(getattr(image, "ndim", None) == 2 for image in listed):
+            return list(listed)
+        return super()._prepare_images_structure(images, expected_ndims=expected_ndims)
 
     def _preprocess_image_like_inputs(
         self, images, segmentation_maps, do_convert_rgb, input_data_format, return_tensors, device=None, **kwargs

@@ -65,10 +65,8 @@ def sliding_window_logits(
             total = logits.new_zeros(batch, logits.shape[1], *padded.shape[-2:])
         for (sample, top, left), values in zip(some, logits, strict=True):
             total[sample, :, top : top + window[0], left : left + window[1]] += values
-    covers = [
-        coverage(starts, edge, length) for starts, edge, length in zip((rows, columns), window, padded.shape[-2:])
-    ]
-    counts = torch.outer(*covers).to(total)  # how many windows saw each pixel
+    down, across = coverage(rows, window[0], padded.shape[-2]), coverage(columns, window[1], padded.shape[-1])
+    counts = torch.outer(down, across).to(total)  # how many windows saw each pixel
     return (total / counts)[..., :height, :width]
 
 

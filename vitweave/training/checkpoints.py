@@ -1,4 +1,4 @@
-"""Which checkpoints of an interrupted run are whole."""
+"""Which checkpoints of an interrupted run are whole, and how to get all of one back."""
 
 import json
 import logging
@@ -6,6 +6,10 @@ import shutil
 import struct
 import zipfile
 from pathlib import Path
+
+from transformers import PreTrainedModel, TrainerCallback
+
+from vitweave.modeling.pretrained import VitweavePreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -103,3 +107,24 @@ def last_complete_checkpoint(output_dir: str | Path, num_processes: int = 1) -> 
         else:
             set_aside(folder, problem)
     return None if complete is None else str(complete)
+
+
+def restore_weights(model, checkpoint: str | Path) -> None:
+    """Load every weight of a checkpoint into a stock transformers model.
+
+    transformers 5 saves many of its own models under their older tensor names, and the Trainer reads a checkpoint back
+    with a non-strict `load_state_dict`, so that those weights stay as they were. vitweave models have no need of this.
+    """
+    if isinstance(model, PreTrainedModel) and not isinstance(model, VitweavePreTrainedModel):
+        model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict())
+
+
+class RestoreWeights(TrainerCallback):
+    """Restores a stock model once the Trainer has loaded what it could of the checkpoint a run goes on from."""
+
+    def __init__(self, checkpoint: str | None):
+        self.checkpoint = checkpoint
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.checkpoint is not None:
+            restore_weights(model, self.checkpoint)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from vitweave.training.checkpoints import last_complete_checkpoint, list_checkpoints
+from vitweave.training.checkpoints import RestoreWeights, last_complete_checkpoint, list_checkpoints, restore_weights
 from vitweave.training.metrics import SegmentationMetrics, predicted_classes
 from vitweave.training.parameter_groups import parameter_groups
 from vitweave.training.segmentation_data import collate_segmentation
@@ -144,8 +144,11 @@ def train_segmentation(
     """
     args = segmentation_arguments(output_dir, evaluates=eval_dataset is not None, **arguments)
     checkpoint = resume_point(args, resume)
+    callbacks = [RestoreWeights(checkpoint), *callbacks]
     trainer = segmentation_trainer(model, train_dataset, eval_dataset, processor, args, encoder_lr_scale, callbacks)
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        restore_weights(trainer.model, trainer.state.best_model_checkpoint)
     metrics = {"train_loss": result.training_loss}
     if eval_dataset is not None:
         evaluated = trainer.evaluate()

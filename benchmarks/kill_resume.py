@@ -1,0 +1,129 @@
+"""Kill training with SIGKILL at random moments, resume it, and compare the weights bit by bit with an unbroken run.
+
+    python benchmarks/kill_resume.py --kills 20
+
+Each resumed run sees random augmentation, data loader workers, dropout and BatchNorm. Exit status 1 if any bit differs.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+STEPS = 20
+
+
+def train(output_dir: str, kill_step: int, kill_delay: float, workers: int) -> None:
+    """One process: train a tiny model, or be killed `kill_delay` seconds after step `kill_step` began."""
+    import torch
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation, TrainerCallback
+
+    from vitweave.processing.augmentation import SegmentationAugmentation
+    from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
+    from vitweave.training.segmentation import train_segmentation
+    from vitweave.training.segmentation_data import SegmentationDataset
+    from vitweave.training.synthetic_shapes import SyntheticShapes
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == kill_step:
+                threading.Timer(kill_delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    small = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2]}
+    model = SegformerForSemanticSegmentation(
+        SegformerConfig(**small, decoder_hidden_size=16, hidden_dropout_prob=0.1, num_labels=3)
+    )
+    processor = SegmentationImageProcessorPil(size=32)
+    augmentation = SegmentationAugmentation(crop_size=32, color_jitter=0.3, vertical_flip=0.5, rotate=True)
+    metrics = train_segmentation(
+        model,
+        SegmentationDataset(SyntheticShapes(14), processor, augmentation),
+        SegmentationDataset(SyntheticShapes(4, seed=1), processor),
+        processor,
+        output_dir=output_dir,
+        resume=True,
+        callbacks=[Kill()],
+        max_steps=STEPS,
+        save_strategy="steps",
+        save_steps=3,
+        per_device_train_batch_size=2,
+        dataloader_num_workers=workers,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    kept = {name: value for name, value in metrics.items() if "iou" in name or "accuracy" in name}
+    Path(output_dir, "kept_metrics.json").write_text(json.dumps(kept))
+
+
+def launch(output_dir: Path, kill_step: int = -1, kill_delay: float = 0.0, workers: int = 2) -> int:
+    command = [sys.executable, __file__, "--train", str(output_dir), "--kill-step", str(kill_step)]
+    command += ["--kill-delay", str(kill_delay), "--workers", str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode not in (0, -signal.SIGKILL):
+        raise RuntimeError(done.stdout + done.stderr)
+    return done.returncode
+
+
+def fingerprint(output_dir: Path) -> dict[str, str]:
+    """Hashes of the best weights, the last checkpoint's weights, its optimiser moments, and the metrics."""
+    import torch
+
+    last = output_dir / f"checkpoint-{STEPS}"
+    optimizer = torch.load(last / "optimizer.pt", weights_only=True)["state"]
+    moments = b"".join(t.numpy().tobytes() for state in optimizer.values() for t in state.values())
+    parts = {
+        "best weights": (output_dir / "model.safetensors").read_bytes(),
+        "last weights": (last / "model.safetensors").read_bytes(),
+        "optimiser": moments,
+        "metrics": (output_dir / "kept_metrics.json").read_bytes(),
+    }
+    return {name: hashlib.sha256(data).hexdigest()[:16] for name, data in parts.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", help=argparse.SUPPRESS)
+    parser.add_argument("--kill-step", type=int, default=-1, help=argparse.SUPPRESS)
+    parser.add_argument("--kill-delay", type=float, default=0.0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.train:
+        train(args.train, args.kill_step, args.kill_delay, args.workers)
+        return 0
+
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder, "whole")
+        launch(whole, workers=args.workers)
+        expected, different = fingerprint(whole), 0
+        print(f"unbroken run of {STEPS} steps: {expected}")
+        for number in range(args.kills):
+            broken, step, delay = Path(folder, f"broken-{number}"), rng.randrange(STEPS), rng.uniform(0.0, 0.3)
+            killed = launch(broken, step, delay, args.workers) != 0
+            left = sorted(path.name for path in broken.glob("checkpoint-*"))
+            launch(broken, workers=args.workers)
+            aside = sorted(path.name for path in broken.glob("incomplete-*"))
+            same = fingerprint(broken) == expected
+            different += not same
+            print(
+                f"kill {number + 1:2d}: step {step:2d} + {delay:.3f} s, {'killed' if killed else 'finished first'}, "
+                f"left {left}, set aside {aside}: {'identical' if same else 'DIFFERENT'}",
+                flush=True,
+            )
+    print(f"{args.kills - different} of {args.kills} resumed runs are bit-identical to the unbroken one")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

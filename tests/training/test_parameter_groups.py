@@ -1,0 +1,59 @@
+"""What is decayed, what learns slower, and what a frozen encoder does."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+from vitweave.training.parameter_groups import find_encoder, freeze_encoder, is_decayed, parameter_groups
+
+
+def tiny_segformer():
+    torch.manual_seed(0)
+    small = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8], "num_attention_heads": [1, 1, 1, 1]}
+    return SegformerForSemanticSegmentation(SegformerConfig(**small, decoder_hidden_size=8, num_labels=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "decayed"),
+    [
+        ("encoder.layer.0.attention.q_proj_cls.weight", (4, 4), True),
+        ("classifier.weight", (3, 4, 1, 1), True),
+        ("classifier.bias", (3,), False),
+        ("encoder.layer.0.norm1_cls.weight", (4,), False),
+        ("batch_norm.weight", (4,), False),
+        ("encoder.layer.0.layer_scale1.lambda1", (4,), False),
+        ("encoder.layer.0.attention.bias_k", (2, 4), False),
+        ("embeddings.cls_token", (1, 1, 4), False),
+        ("embeddings.position_embeddings", (1, 5, 4), False),
+    ],
+)
+def test_only_matrices_are_decayed(name, shape, decayed):
+    assert is_decayed(name, nn.Parameter(torch.zeros(shape))) is decayed
+
+
+def test_groups_hold_every_trainable_parameter_once():
+    model = tiny_segformer()
+    model.decode_head.classifier.bias.requires_grad_(False)
+    groups = parameter_groups(model, 1e-3, 0.1, encoder_lr_scale=0.1)
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    encoder = {id(parameter) for parameter in model.segformer.parameters()}
+    for group in groups:
+        (inside,) = {id(parameter) in encoder for parameter in group["params"]}
+        assert group["lr"] == pytest.approx(1e-4 if inside else 1e-3)
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+
+
+def test_a_frozen_encoder_stays_in_eval_mode_and_gets_no_gradient():
+    model = freeze_encoder(tiny_segformer())
+    model.train()
+    model(torch.randn(2, 3, 32, 32), labels=torch.zeros(2, 32, 32, dtype=torch.long)).loss.backward()
+    assert not any(module.training for module in model.segformer.modules()) and model.decode_head.training
+    assert all(p.grad is None for p in model.segformer.parameters())
+    assert all(p.grad is not None for p in model.decode_head.parameters())
+
+
+def test_a_bare_module_has_no_encoder():
+    with pytest.raises(ValueError, match="Linear has neither a backbone nor a base model"):
+        find_encoder(nn.Linear(2, 2))
