@@ -66,8 +66,8 @@ def test_every_option_acts():
         {"color_jitter": 0.5},
         {"scale": (2.0, 2.0)},
     ):
-        other = SegmentationAugmentation(**{"crop_size": 20, "scale": (1.0, 1.0), "flip": 0.0} | option)
-        assert any(draw(other, 0, index) != draw(plain, 0, index) for index in range(3)), option
+        other = SegmentationAugmentation(**{"crop_size": 20, "scale": (1.0, 1.0), "flip": 0.0} | {name: value})
+        assert any(draw(other, 0, index) != draw(plain, 0, index) for index in range(3)), name
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_four_channels_are_refused_until_they_are_named(processor_class):
     four = rng.integers(0, 256, (12, 12, 4), dtype=np.uint8)
     processor = processor_class(size=8)
     for image in (four, torch.from_numpy(four)):
-        with pytest.raises(ValueError, match="RGBA.*do_convert_rgb=True"):
+        with pytest.raises(ValueError, match=r"RGBA.*do_convert_rgb=True"):
             processor(image)
     assert processor(four, do_convert_rgb=True, return_tensors="pt")["pixel_values"].shape == (1, 3, 8, 8)
     kept = processor(four, image_mean=[0.5] * 4, image_std=[0.5] * 4, return_tensors="pt")

@@ -1,5 +1,7 @@
 """Sliding windows: full cover, equality with direct prediction where there is one window, averages."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ def test_windows_reach_both_borders_without_gaps():
         for window, stride in [(5, 5), (5, 3), (5, 1)]:
             starts = window_starts(length, window, stride)
             assert starts[0] == 0 and starts[-1] + window == length and starts == sorted(set(starts))
-            assert all(later - earlier <= stride for earlier, later in zip(starts, starts[1:], strict=False))
+            assert all(later - earlier <= stride for earlier, later in pairwise(starts))
 
 
 @pytest.mark.parametrize(("window", "stride"), [(8, 5), ((8, 6), (3, 6)), (64, 64)])

@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSemanticSegmentation, SegformerConfig, SegformerForSemanticSegmentation
-from transformers import Trainer, TrainerCallback
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    Trainer,
+    TrainerCallback,
+)
 
 from vitweave.processing.augmentation import SegmentationAugmentation
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
@@ -78,7 +83,7 @@ def test_the_best_checkpoint_is_returned_and_a_fresh_load_equals_it(tmp_path):
         (2, 2, 0),
         (2, 5, 4),
         (3, 4, 3),
-    ],  # before the first checkpoint is written, inside an epoch of 3 steps, between two
+    ],  # before any checkpoint, inside an epoch of 3 steps, between two
 )
 def test_a_resumed_run_sees_the_same_epochs_and_ends_with_the_same_bits(tmp_path, save_steps, stop, resumed_from):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": save_steps}
@@ -140,7 +145,7 @@ def test_bad_input_is_refused(tmp_path):
         run(tmp_path, tiny_model().requires_grad_(False))
     narrow = tiny_model()
     narrow.config.num_labels = 2
-    with pytest.raises(ValueError, match="sample [0-4]: expected class ids 0 to 1"):
+    with pytest.raises(ValueError, match=r"sample [0-4]: expected class ids 0 to 1"):
         run(tmp_path, narrow, max_steps=1)
     assert not list(Path(tmp_path).rglob("*.safetensors"))
 

@@ -51,7 +51,7 @@ def test_errors_name_the_file(folder):
 
 def test_unpaired_and_missing_files_are_refused(folder):
     (folder / "label" / "2.png").unlink()
-    with pytest.raises(ValueError, match="1 stand alone.*'2'"):
+    with pytest.raises(ValueError, match=r"1 stand alone.*'2'"):
         SegmentationDataset.from_folder(folder, PROCESSOR)
     with pytest.raises(FileNotFoundError, match="image"):
         SegmentationDataset.from_folder(folder / "image", PROCESSOR)
@@ -66,7 +66,7 @@ def test_a_real_datasets_dataset(tmp_path):
     direct = SegmentationDataset(SyntheticShapes(2), PROCESSOR)
     assert torch.equal(dataset[1]["labels"], direct[1]["labels"])
     assert torch.equal(dataset[1]["pixel_values"], direct[1]["pixel_values"])
-    with pytest.raises(ValueError, match="no column.*picture.*image_column"):
+    with pytest.raises(ValueError, match=r"no column.*picture.*image_column"):
         SegmentationDataset(samples, PROCESSOR)
 
 

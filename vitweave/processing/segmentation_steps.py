@@ -94,7 +94,7 @@ def check_channels(image, channels: int | None) -> None:
     if got == 4 and channels != 4:
         raise ValueError(
             "expected 3 channels, got an array with 4, which may be RGBA or RGB with a fourth measurement; pass "
-            "do_convert_rgb=True (or the PIL picture) if the fourth is opacity, else an image_mean and image_std of 4 entries"
+            "do_convert_rgb=True (or the PIL picture) if the fourth is opacity, else a mean and std of 4 entries"
         )
     if channels is not None and got != channels:
         raise ValueError(
