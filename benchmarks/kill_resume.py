@@ -23,8 +23,11 @@ STEPS = 20
 def train(output_dir: str, kill_step: int, kill_delay: float, workers: int) -> None:
     """One process: train a tiny model, or be killed `kill_delay` seconds after step `kill_step` began."""
     import torch
-    from transformers import SegformerConfig, SegformerForSemanticSegmentation, TrainerCallback
+    from transformers import TrainerCallback
 
+    from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+    from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+    from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
     from vitweave.processing.augmentation import SegmentationAugmentation
     from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
     from vitweave.training.segmentation import train_segmentation
@@ -38,10 +41,11 @@ def train(output_dir: str, kill_step: int, kill_delay: float, workers: int) -> N
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    small = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2]}
-    model = SegformerForSemanticSegmentation(
-        SegformerConfig(**small, decoder_hidden_size=16, hidden_dropout_prob=0.1, num_labels=3)
-    )
+    small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    drops = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "drop_path_rate": 0.1}
+    backbone = SpecializedViTConfig(**small, **drops, out_indices=[2, 3])
+    config = DensePredictorConfig(backbone_config=backbone, num_labels=3, head_options={"dropout": 0.1})
+    model = DensePredictorForSemanticSegmentation(config)
     processor = SegmentationImageProcessorPil(size=32)
     augmentation = SegmentationAugmentation(crop_size=32, color_jitter=0.3, vertical_flip=0.5, rotate=True)
     metrics = train_segmentation(

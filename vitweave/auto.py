@@ -7,7 +7,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
 )
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the public name needs torchvision at 5.13
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig

@@ -59,13 +59,13 @@ def test_scaling_keeps_flat_regions_on_their_class():
 
 def test_every_option_acts():
     plain = SegmentationAugmentation(crop_size=20, scale=(1.0, 1.0), flip=0.0)
-    for option in (
-        {"flip": 1.0},
-        {"vertical_flip": 1.0},
-        {"rotate": True},
-        {"color_jitter": 0.5},
-        {"scale": (2.0, 2.0)},
-    ):
+    for name, value in {
+        "flip": 1.0,
+        "vertical_flip": 1.0,
+        "rotate": True,
+        "color_jitter": 0.5,
+        "scale": (2, 2),
+    }.items():
         other = SegmentationAugmentation(**{"crop_size": 20, "scale": (1.0, 1.0), "flip": 0.0} | {name: value})
         assert any(draw(other, 0, index) != draw(plain, 0, index) for index in range(3)), name
 

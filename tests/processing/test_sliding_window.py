@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from vitweave.processing.sliding_window import sliding_window_logits, window_starts
+from vitweave.processing.sliding_window import sliding_window_logits
+from vitweave.processing.sliding_window import window_starts
 
 
 def pixels(*shape):

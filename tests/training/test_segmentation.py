@@ -14,10 +14,13 @@ from transformers import (
     TrainerCallback,
 )
 
+from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.processing.augmentation import SegmentationAugmentation
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
-from vitweave.training.parameter_groups import freeze_encoder
-from vitweave.training.segmentation import segmentation_arguments, train_segmentation
+from vitweave.training.segmentation import segmentation_arguments
+from vitweave.training.segmentation import train_segmentation
 from vitweave.training.segmentation_data import SegmentationDataset
 from vitweave.training.synthetic_shapes import SyntheticShapes
 
@@ -27,9 +30,17 @@ FEW_STEPS = {"per_device_train_batch_size": 2, "disable_tqdm": True, "use_cpu": 
 
 def tiny_model(**options):
     torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    backbone = SpecializedViTConfig(**small, hidden_dropout_prob=0.1, out_indices=[1, 2])
+    config = DensePredictorConfig(backbone_config=backbone, id2label=SyntheticShapes.id2label, **options)
+    return DensePredictorForSemanticSegmentation(config)
+
+
+def stock_model():
+    """A model whose tensors transformers saves under other names than the live ones."""
+    torch.manual_seed(0)
     small = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 8, 8], "num_attention_heads": [1, 1, 1, 1]}
-    config = SegformerConfig(**small, decoder_hidden_size=8, id2label=SyntheticShapes.id2label, **options)
-    return SegformerForSemanticSegmentation(config)
+    return SegformerForSemanticSegmentation(SegformerConfig(**small, decoder_hidden_size=8, num_labels=3))
 
 
 def data(length=5, augmented=True, seed=0, processor=PROCESSOR):
@@ -72,22 +83,19 @@ def test_the_best_checkpoint_is_returned_and_a_fresh_load_equals_it(tmp_path):
     again = Trainer(
         fresh, segmentation_arguments(tmp_path, **FEW_STEPS), eval_dataset=data(3, augmented=False, seed=1)
     ).predict(data(3, augmented=False, seed=1))
-    assert again.predictions.shape == (3, 3, 8, 8)
+    assert again.predictions.shape == (3, 3, 32, 32)
     assert SegmentationImageProcessorPil.from_pretrained(tmp_path).size["height"] == 32
     assert (tmp_path / "checkpoint-6" / "preprocessor_config.json").is_file()
 
 
 @pytest.mark.parametrize(
-    ("save_steps", "stop", "resumed_from"),
-    [
-        (2, 2, 0),
-        (2, 5, 4),
-        (3, 4, 3),
-    ],  # before any checkpoint, inside an epoch of 3 steps, between two
+    ("build", "save_steps", "stop", "resumed_from"),
+    [(tiny_model, 2, 2, 0), (tiny_model, 2, 5, 4), (tiny_model, 3, 4, 3), (stock_model, 2, 5, 4)],
+    ids=["before any checkpoint", "inside an epoch", "between epochs", "stock model"],
 )
-def test_a_resumed_run_sees_the_same_epochs_and_ends_with_the_same_bits(tmp_path, save_steps, stop, resumed_from):
+def test_a_resumed_run_sees_the_same_epochs_and_ends_alike(tmp_path, build, save_steps, stop, resumed_from):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": save_steps}
-    whole, broken, resumed, train = tiny_model(), tiny_model(), tiny_model(), data()
+    whole, broken, resumed, train = build(), build(), build(), data()
     metrics = run(tmp_path / "whole", whole, **options)
     with pytest.raises(InterruptedError):
         run(tmp_path / "broken", broken, callbacks=[StopAt(stop)], **options)
@@ -114,11 +122,11 @@ def test_earlier_checkpoints_are_never_overwritten(tmp_path):
 
 def test_frozen_encoder_and_adapters_train_only_their_part(tmp_path):
     peft = pytest.importorskip("peft")
-    frozen, start = freeze_encoder(tiny_model()), tiny_model()
+    frozen, start = tiny_model(freeze_backbone=True), tiny_model()
     run(tmp_path / "frozen", frozen, max_steps=2)
     changed = {n for n, p in frozen.named_parameters() if not torch.equal(p, start.get_parameter(n))}
-    assert changed and all(name.startswith("decode_head") for name in changed)
-    adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "query"], modules_to_save=["decode_head"])
+    assert changed and all(name.startswith("head") for name in changed)
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj_cls"], modules_to_save=["head"])
     model = peft.get_peft_model(tiny_model(), adapter)
     metrics = run(tmp_path / "lora", model, max_steps=3, save_strategy="steps", save_steps=2)
     assert "mean_iou" in metrics and (tmp_path / "lora" / "adapter_model.safetensors").is_file()
@@ -140,7 +148,7 @@ def test_bad_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match="one object"):
         train_segmentation(tiny_model(), train, train, PROCESSOR, tmp_path, **FEW_STEPS)
     with pytest.raises(ValueError, match="ignores class id 7, the processor writes 255"):
-        run(tmp_path, tiny_model(semantic_loss_ignore_index=7))
+        run(tmp_path, tiny_model(ignore_index=7))
     with pytest.raises(ValueError, match="no parameter"):
         run(tmp_path, tiny_model().requires_grad_(False))
     narrow = tiny_model()

@@ -49,6 +49,7 @@ class SpecializedViTPreTrainedModel(VitweavePreTrainedModel):
     _no_split_modules = ["SpecializedViTEmbeddings", "SpecializedViTLayer", "ClassAttentionLayer"]
     _can_record_outputs = {"hidden_states": SpecializedViTLayer, "attentions": SpecializedViTAttention}
     _input_embed_layer = "patch_embeddings"
+    _keys_to_ignore_on_load_missing = [r"mask_token"]  # read in masked pretraining alone
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -15,6 +15,7 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """One number for both axes, or (height, width)."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

@@ -19,6 +19,7 @@ WEIGHT_INDEX = "model.safetensors.index.json"
 
 
 def checkpoint_step(folder: Path) -> int:
+    """The step in the name `checkpoint-<step>`."""
     return int(folder.name.removeprefix("checkpoint-"))
 
 
@@ -43,6 +44,7 @@ def safetensors_problem(path: Path) -> str | None:
 
 
 def weights_problem(folder: Path) -> str | None:
+    """What is wrong with the weights or the adapter of a checkpoint, in one file or in shards."""
     files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
     if (folder / WEIGHT_INDEX).is_file():
         shards = json.loads((folder / WEIGHT_INDEX).read_text())["weight_map"].values()

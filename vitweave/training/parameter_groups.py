@@ -37,17 +37,3 @@ def parameter_groups(
         {"params": parameters, "lr": learning_rate * scale, "weight_decay": weight_decay if decayed else 0.0}
         for (scale, decayed), parameters in groups.items()
     ]
-
-
-def _keep_in_eval_mode(module: nn.Module, inputs: tuple) -> None:
-    if module.training:
-        module.eval()
-
-
-def freeze_encoder(model: nn.Module) -> nn.Module:
-    """Train the head only: the encoder gets no gradients and stays in eval mode (no dropout, fixed BatchNorm)."""
-    encoder = find_encoder(model)
-    encoder.requires_grad_(False)
-    # the Trainer calls model.train() before every step; a hook outlasts that
-    encoder.register_forward_pre_hook(_keep_in_eval_mode)
-    return model

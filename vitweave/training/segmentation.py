@@ -4,8 +4,12 @@ from pathlib import Path
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from vitweave.training.checkpoints import RestoreWeights, last_complete_checkpoint, list_checkpoints, restore_weights
-from vitweave.training.metrics import SegmentationMetrics, predicted_classes
+from vitweave.training.checkpoints import RestoreWeights
+from vitweave.training.checkpoints import last_complete_checkpoint
+from vitweave.training.checkpoints import list_checkpoints
+from vitweave.training.checkpoints import restore_weights
+from vitweave.training.metrics import SegmentationMetrics
+from vitweave.training.metrics import predicted_classes
 from vitweave.training.parameter_groups import parameter_groups
 from vitweave.training.segmentation_data import collate_segmentation
 
@@ -66,6 +70,7 @@ def checked_ignore_index(config, processor) -> int:
 
 
 def check_datasets(train_dataset, eval_dataset, num_labels: int) -> None:
+    """Refuse one dataset in both roles, and tell both which class ids exist."""
     if eval_dataset is train_dataset:
         raise ValueError(
             "train_dataset and eval_dataset are one object, and evaluating would change its epoch; make two"
@@ -128,8 +133,8 @@ def train_segmentation(
 ) -> dict[str, float]:
     """Train, keep the checkpoint with the best mean IoU, save it to `output_dir`, and return its metrics.
 
-    What is trained is what requires a gradient: everything, the head after `freeze_encoder(model)`, or the adapter of a
-    PEFT model. On one CPU a killed run that is resumed ends with the same bits as an uninterrupted one.
+    What is trained is what requires a gradient: everything, the head of a model with `freeze_backbone`, or the adapter
+    of a PEFT model. On one CPU a killed run that is resumed ends with the same bits as an uninterrupted one.
 
     Args:
         train_dataset, eval_dataset: `SegmentationDataset`, or any dataset with its items; two different objects.
