@@ -72,7 +72,7 @@ def sibling_imports(path: Path, tree: ast.Module) -> list[str]:
 
 
 def unreadable_imports(tree: ast.Module) -> list[str]:
-    """Imports the hub export cannot rewrite: relative ones, `import vitweave.x`, and several names in one line."""
+    """Imports the hub export cannot rewrite: relative ones, `import vitweave.x`, and names taken from a package."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -80,8 +80,6 @@ def unreadable_imports(tree: ast.Module) -> list[str]:
         if isinstance(node, ast.Import) and any(alias.name.startswith("vitweave.") for alias in node.names):
             found.append(f"line {node.lineno}: import vitweave.x instead of from vitweave.x import y")
         own = isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vitweave"
-        if own and node.end_lineno != node.lineno:
-            found.append(f"line {node.lineno}: import over several lines")
         if own and (ROOT / (node.module.replace(".", "/"))).is_dir() and part_is_package(node):
             found.append(f"line {node.lineno}: import a name from the module that defines it")
     return found
