@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from PIL import ImageOps
-from transformers import AutoModelForSemanticSegmentation, set_seed
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForSemanticSegmentation, set_seed
 
 from vitweave.analysis.pca import pca_maps
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
@@ -24,28 +24,20 @@ from vitweave.training.pictures import class_colours, colour_classes
 from vitweave.training.segmentation import train_segmentation
 from vitweave.training.segmentation_data import FolderSamples, SegmentationDataset
 
+SPLITS = ("train", "val", "test")
 CELLS = Path(__file__).parent / "data" / "cells"
 ID2LABEL = {0: "background", 1: "nucleus", 2: "boundary"}
-
-
-def even_out(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Full contrast, nuclei bright: fluorescence is dark with bright nuclei, stained tissue the other way round."""
-    picture = ImageOps.autocontrast(picture.convert("RGB"), cutoff=0.5)
-    return ImageOps.invert(picture) if np.median(picture) > 127 else picture
-
-
-def read(split: str) -> list[dict]:
-    """Decoded once and kept in memory: 184 small pictures."""
-    return [{**sample, "image": even_out(sample["image"])} for sample in FolderSamples(CELLS / split)]
+WINDOW = 64  # pixels; what the model sees at once
 
 
 def otsu(picture: PIL.Image.Image) -> np.ndarray:
-    """The baseline without learning: threshold the grey values, call the rim of what is brighter the boundary."""
+    """The baseline without learning: threshold the grey values, take the smaller side for nuclei."""
     grey = np.asarray(picture.convert("L"))
     share = np.bincount(grey.ravel(), minlength=256) / grey.size
     below, mean_below = share.cumsum(), (share * np.arange(256)).cumsum()
     between = (mean_below[-1] * below - mean_below) ** 2 / np.maximum(below * (1 - below), 1e-12)  # class variance
     nucleus = grey > between.argmax()
+    nucleus = ~nucleus if nucleus.mean() > 0.5 else nucleus  # stained tissue is bright, with dark nuclei
     inner, outer = ~grown(~nucleus), grown(nucleus)  # one pixel inside and one outside: the best rim on the train part
     return np.where(inner, 1, np.where(outer, 2, 0))
 
@@ -56,20 +48,22 @@ def grown(mask: np.ndarray) -> np.ndarray:
     return mask | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
 
 
-def scratch_backbone() -> SpecializedViTBackbone:
-    """A ViT small enough for two CPU cores: 4-pixel patches, because nuclei and their boundaries are small."""
-    return SpecializedViTBackbone(
-        SpecializedViTConfig(
-            hidden_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            patch_size=4,
-            image_size=64,
-            qkv_blocks=1,
-            initializer_range=0.06,
-            out_indices=[2],
-        )
+def make_backbone(encoder: str | None) -> SpecializedViTBackbone:
+    """A ViT small enough for two CPU cores, with 4-pixel patches because nuclei are small, or `encoder`."""
+    if encoder is not None:
+        depth = AutoConfig.from_pretrained(encoder).num_hidden_layers
+        return SpecializedViTBackbone.from_vit(encoder, out_indices=[depth // 4, depth // 2, depth * 3 // 4, depth])
+    config = SpecializedViTConfig(
+        hidden_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        patch_size=4,
+        image_size=WINDOW,
+        qkv_blocks=1,
+        initializer_range=0.06,
+        out_indices=[2],
     )
+    return SpecializedViTBackbone(config)
 
 
 def score(predictions: list, samples: list[dict]) -> dict:
@@ -80,21 +74,26 @@ def score(predictions: list, samples: list[dict]) -> dict:
     return confusion.compute()
 
 
-def predict(model, processor, samples: list[dict], window: int) -> list[torch.Tensor]:
+def predict(model, processor, samples: list[dict], zoom: float) -> list[torch.Tensor]:
     """Class maps (height, width), from overlapping windows of the size the model was trained on."""
-    classes = []
+    window, classes = round(WINDOW * zoom), []
     for sample in samples:
-        pixel_values = processor(sample["image"], return_tensors="pt")["pixel_values"]
+        pixel_values = enlarged(processor(sample["image"], return_tensors="pt")["pixel_values"], zoom)
         logits = sliding_window_logits(model, pixel_values, window, stride=window * 3 // 4, batch_size=32)
-        classes.append(logits[0].argmax(dim=0))
+        classes.append(enlarged(logits, 1 / zoom)[0].argmax(dim=0))
     return classes
 
 
+def enlarged(maps: torch.Tensor, zoom: float) -> torch.Tensor:
+    """Maps (batch, channels, height, width) resized by the factor `zoom`."""
+    return maps if zoom == 1 else F.interpolate(maps, scale_factor=zoom, mode="bilinear", antialias=zoom < 1)
+
+
 @torch.no_grad()
-def write_report(path: Path, model, processor, samples: list[dict], predictions: list) -> None:
+def write_report(path: Path, model, processor, samples: list[dict], predictions: list, zoom: float) -> None:
     """One row per image: picture, truth, prediction, and the first three principal components of the patches."""
     pixel_values = processor([sample["image"] for sample in samples], return_tensors="pt")["pixel_values"]
-    features = model.backbone(pixel_values).feature_maps[-1]  # (images, hidden, height, width)
+    features = model.backbone(enlarged(pixel_values, zoom)).feature_maps[-1]  # (images, hidden, height, width)
     maps = pca_maps(features.flatten(2).transpose(1, 2), tuple(features.shape[-2:])).maps
     colours = class_colours(len(ID2LABEL))
     rows = []
@@ -108,52 +107,59 @@ def write_report(path: Path, model, processor, samples: list[dict], predictions:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder that is replaced by the results")
-    parser.add_argument("--encoder", help="start from this ViT checkpoint instead of from scratch")
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--encoder", help="start from this vanilla ViT (folder or Hub id) instead of from scratch")
+    parser.add_argument("--steps", type=int, help="default: 1000 from scratch, 100 from an encoder")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--tiny", action="store_true", help="two steps on a few images")
     args = parser.parse_args()
+    steps = 2 if args.tiny else args.steps or (100 if args.encoder else 1000)
     set_seed(0)
     torch.set_num_threads(min(2, torch.get_num_threads()))
     shutil.rmtree(args.out, ignore_errors=True)
 
-    # 1. Images and masks: random 64-pixel crops, flipped and turned
-    train, val, test = (read(split) for split in ("train", "val", "test"))
-    processor = SegmentationImageProcessorPil(do_resize=False)
-    window = 64
-    crops = SegmentationAugmentation(window, scale=(1.0, 1.0), vertical_flip=0.5, rotate=True)
-
-    # 2. A specialised ViT with a linear segmentation head
-    backbone = scratch_backbone()
+    # 1. A specialised ViT under a linear segmentation head
+    backbone = make_backbone(args.encoder)
+    zoom = backbone.config.image_size / WINDOW  # an encoder sees the window enlarged to the size it knows
     model = DensePredictorForSemanticSegmentation.from_backbone(
         backbone, id2label=ID2LABEL, losses={"cross_entropy": 1.0, "dice": 1.0}, class_weights=[1.0, 1.0, 3.0]
     )
 
+    # 2. Images and masks: random windows, flipped and turned
+    train, val, test = (list(FolderSamples(CELLS / split))[: 3 if args.tiny else None] for split in SPLITS)
+    processor = SegmentationImageProcessorPil(do_resize=False, image_mean=[0.17] * 3, image_std=[0.25] * 3)
+    windows = SegmentationAugmentation(round(WINDOW * zoom), scale=(zoom, zoom), vertical_flip=0.5, rotate=True)
+
     # 3. Train, with the stock Trainer and its progress bar
     train_segmentation(
         model,
-        SegmentationDataset(train, processor, crops),
+        SegmentationDataset(train, processor, windows),
         processor=processor,
         output_dir=args.out / "model",
-        max_steps=args.steps,
+        max_steps=steps,
         learning_rate=args.learning_rate,
+        encoder_lr_scale=0.05 if args.encoder else 1.0,
         per_device_train_batch_size=8,
         save_strategy="no",
         logging_steps=50,
+        dataloader_pin_memory=False,
     )
 
-    # 4. Load it back as anybody would, and export it with its code
+    # 4. Load it back as anybody would, test it, and export it with its code
     model = AutoModelForSemanticSegmentation.from_pretrained(args.out / "model").eval()
-    predictions = predict(model, processor, test, window)
+    predictions = predict(model, processor, test, zoom)
     result, baseline = score(predictions, test), score([otsu(sample["image"]) for sample in test], test)
     metric = CardMetric("mean_iou", result["mean_iou"], "make demo", "examples/data/cells", "mIoU", "test")
     export(model, args.out / "export", processor, CardInfo(model_name="vitweave-demo", metrics=[metric]))
 
     # 5. Pictures and figures
     shown = range(0, len(test), 10)
-    write_report(args.out / "report.png", model, processor, [test[i] for i in shown], [predictions[i] for i in shown])
-    for name, iou in zip(ID2LABEL.values(), result["per_class_iou"], strict=True):
-        print(f"{name:10s} IoU {iou:.3f}")
-    print(f"val mIoU: {score(predict(model, processor, val, window), val)['mean_iou']:.3f}")
+    rows = [test[i] for i in shown], [predictions[i] for i in shown]
+    write_report(args.out / "report.png", model, processor, *rows, zoom)
+    print(
+        f"in {args.out}: model/, export/ (loads without vitweave), report.png (picture, truth, prediction, PCA)"
+    )
+    print("IoU: " + ", ".join(f"{n} {v:.3f}" for n, v in zip(ID2LABEL.values(), result["per_class_iou"], strict=True)))
+    print(f"val mIoU: {score(predict(model, processor, val, zoom), val)['mean_iou']:.3f}")
     print(f"Otsu threshold baseline, test mIoU: {baseline['mean_iou']:.3f}")
     print(f"test mIoU: {result['mean_iou']:.3f}")
 
