@@ -12,13 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AttentionInterface
 
+from vitweave.analysis.measurement import measure
+from vitweave.analysis.norms import norm_outliers
+from vitweave.analysis.pca import pca_maps
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.modeling.depth_losses import gradient_loss, sig_loss
+from vitweave.modeling.heads.depth_bins import DepthBinsHead
+from vitweave.modeling.heads.linear import LinearHead
+from vitweave.modeling.losses import CrossEntropyLoss
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
-from vitweave.modeling.specialized_layers import SpecializedViTLayer
-from vitweave.modeling.specialized_layers import eager_attention
+from vitweave.modeling.specialized_layers import SpecializedViTLayer, eager_attention
+from vitweave.training.depth_metrics import depth_metrics
+from vitweave.training.metrics import ConfusionMatrix
+from vitweave.training.probing import knn_scores, linear_probe_input
 
 REFERENCE = Path(os.environ.get("VITWEAVE_REFERENCE_DIR") or Path(__file__).parent / "reference")
 CASES = sorted(REFERENCE.glob("*/vectors/*.json"))
@@ -160,11 +170,101 @@ def replay_block(case: Case):
     check_gradients(case, block)
 
 
+def replay_analysis(case: Case):
+    model = load(SpecializedViTModel(vit_config(case.config)).to(case.dtype), case.group("state"), [], case)
+    measured = measure(model, case.tensors["input.pixel_values"].split(2))
+    outliers, pca = norm_outliers(measured.patch_norms), pca_maps(measured.features, measured.grid)
+    produced = {f"{name}.{tap}": v for tap, found in measured.taps.items() for name, v in vars(found).items()}
+    produced |= {"patch_norms": measured.patch_norms, "outlier_threshold": torch.tensor(outliers.threshold)}
+    produced |= {"outlier_mask": outliers.mask, "pca.components": pca.components, "pca.map": pca.maps}
+    produced |= {"pca.explained_variance_ratio": pca.explained_variance_ratio}
+    for name in case.group("output"):
+        case.check(f"output.{name}", produced[name])
+
+
+def replay_heads(case: Case):
+    replay_segmentation_head(case, case.sidecar["params"])
+    replay_depth_head(case, case.sidecar["params"])
+    replay_probes(case, case.sidecar["params"])
+
+
+def replay_segmentation_head(case: Case, params: dict):
+    given, labels = case.group("input.seg"), case.tensors["input.seg.labels"]
+    maps = [given[f"feature.{index}"] for index in range(sum(name.startswith("feature.") for name in given))]
+    state = {
+        name.replace("bn.", "norm.").replace("conv.", "classifier."): t for name, t in case.group("state.seg").items()
+    }
+    num_labels = len(state["classifier.bias"])
+    head = LinearHead([m.shape[1] for m in maps], num_labels=num_labels).to(case.dtype)
+    assert head.norm.eps == params["bn_eps"] and head.norm.momentum == params["bn_momentum"]
+    left_out = head.load_state_dict(state, strict=False)
+    assert set(left_out.missing_keys) <= {"norm.num_batches_tracked"} and not left_out.unexpected_keys
+
+    logits = head.eval()(maps)
+    upsampled = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    case.check("output.seg.logits_eval", logits)
+    case.check("output.seg.logits_upsampled", upsampled)
+    case.check("output.seg.ce_loss", CrossEntropyLoss(ignore_index=params["ignore_index"])(upsampled, labels))
+    assert torch.equal(upsampled.argmax(1).int(), case.tensors["output.seg.pred"])
+    confusion = ConfusionMatrix(num_labels, params["ignore_index"])
+    confusion.update(upsampled.argmax(1), labels)
+    found = confusion.compute()
+    case.check("output.seg.iou", torch.tensor(found["per_class_iou"], dtype=torch.float64))
+    case.check("output.seg.miou", torch.tensor(found["mean_iou"], dtype=torch.float64))
+    case.check("output.seg.pixel_accuracy", torch.tensor(found["pixel_accuracy"], dtype=torch.float64))
+
+    case.check("output.seg.logits_train", head.train()(maps))
+    case.check("output.seg.running_mean_after", head.norm.running_mean)
+    case.check("output.seg.running_var_after", head.norm.running_var)
+
+
+def replay_depth_head(case: Case, params: dict):
+    patches, cls = case.tensors["input.depth.patch_feature"], case.tensors["input.depth.cls_token"]
+    target, facts = case.tensors["input.depth.target"], params["depth"]
+    options = {
+        "bins": facts["bins"],
+        "min_depth": facts["min"],
+        "max_depth": facts["max"],
+        "upsample": facts["upsample"],
+    }
+    predictions = {}
+    for spacing, name in (("linear", "prediction"), ("log", "prediction_log_bins")):
+        head = DepthBinsHead([patches.shape[1]], spacing=spacing, **options).to(case.dtype)
+        head.load_state_dict({n.replace("conv.", "classifier."): t for n, t in case.group("state.depth").items()})
+        predictions[name] = head([patches], [cls])
+        case.check(f"output.depth.{name}", predictions[name])
+    resized = F.interpolate(predictions["prediction"], size=target.shape[-2:], mode="bilinear", align_corners=False)
+    case.check("output.depth.prediction_resized", resized)
+    case.check("output.depth.sigloss", sig_loss(resized, target))
+    case.check("output.depth.sigloss_warmup", sig_loss(resized, target, warm_up=True))
+    case.check("output.depth.gradient_loss", gradient_loss(resized, target))
+    metrics = depth_metrics(resized, target)
+    order = ("rmse", "abs_rel", "a1", "a2", "a3", "log10")
+    case.check("output.depth.metrics", torch.tensor([metrics[name] for name in order], dtype=torch.float64))
+
+
+def replay_probes(case: Case, params: dict):
+    given, scores = case.group("input.knn"), case.group("output.knn")
+    ks = tuple(int(name.removeprefix("scores_k")) for name in scores)
+    num_classes = next(iter(scores.values())).shape[1]
+    found = knn_scores(given["train"], given["train_labels"], given["test"], num_classes, ks, **params["knn"])
+    for k in ks:
+        case.check(f"output.knn.scores_k{k}", found[k])
+    given = case.group("input.linear")
+    cls_tokens = [given[f"cls.{index}"] for index in range(sum(name.startswith("cls.") for name in given))]
+    for name in case.group("output.linear"):
+        n = int(re.search(r"_n(\d+)", name)[1])
+        patches = given["patch_tokens_last"] if "avgpool" in name else None
+        case.check(f"output.linear.{name}", linear_probe_input(cls_tokens[-n:], patches))
+
+
 KINDS = {
     "vit": replay_vit,
     "vit_native_lowrank": replay_vit,
     "vit_grads": replay_vit_grads,
     "block": replay_block,
+    "analysis": replay_analysis,
+    "heads": replay_heads,
 }
 
 

@@ -7,14 +7,18 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
 )
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # the public name needs torchvision at 5.13
+from transformers.models.auto.image_processing_auto import (
+    AutoImageProcessor,  # the public name needs torchvision at 5.13
+)
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
+from vitweave.modeling.modeling_specialized_vit import (
+    SpecializedViTBackbone,
+    SpecializedViTForImageClassification,
+    SpecializedViTModel,
+)
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
 from vitweave.processing.image_processing_segmentation import SegmentationImageProcessor
 

@@ -43,8 +43,10 @@ def add_inspect_command(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `vitweave inspect`."""
-    from vitweave.analysis.report import InspectOptions  # late: the other sub-commands start faster
-    from vitweave.analysis.report import inspect_model  # late: the other sub-commands start faster
+    from vitweave.analysis.report import (
+        InspectOptions,  # late: the other sub-commands start faster
+        inspect_model,  # late: the other sub-commands start faster
+    )
 
     options = InspectOptions(
         limit=args.limit,

@@ -1,15 +1,11 @@
 """What `vitweave inspect` opens: the model, its processor and the images."""
 
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
-from PIL import ImageOps
-from PIL import UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.13's top-level name needs torchvision

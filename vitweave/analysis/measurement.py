@@ -3,20 +3,13 @@
 import inspect
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from vitweave.analysis.similarity import mean_pair_cosine
-from vitweave.analysis.similarity import token_cosine
-from vitweave.analysis.taps import TAPS
-from vitweave.analysis.taps import TokenLayout
-from vitweave.analysis.taps import find_blocks
-from vitweave.analysis.taps import find_grid
-from vitweave.analysis.taps import find_layout
-from vitweave.analysis.taps import tapped
+from vitweave.analysis.similarity import mean_pair_cosine, token_cosine
+from vitweave.analysis.taps import TAPS, TokenLayout, find_blocks, find_grid, find_layout, tapped
 
 
 @dataclass

@@ -199,8 +199,7 @@ def _show(axis, picture: Tensor, **options):
 
 def _plain_log_ticks(axis) -> None:
     """Label 20, 50, 100 instead of 2 x 10^1 ..."""
-    from matplotlib.ticker import LogLocator
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())

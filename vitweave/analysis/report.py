@@ -2,10 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable
-from collections.abc import Iterator
-from dataclasses import asdict
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -13,28 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from vitweave.analysis.drift import ParameterDrift
-from vitweave.analysis.drift import specialization_drift
-from vitweave.analysis.inputs import find_images
-from vitweave.analysis.inputs import from_processor
-from vitweave.analysis.inputs import open_model
-from vitweave.analysis.inputs import open_preprocessing
-from vitweave.analysis.inputs import pixel_batches
-from vitweave.analysis.measurement import Measurement
-from vitweave.analysis.measurement import TapStatistics
-from vitweave.analysis.measurement import measure
-from vitweave.analysis.norms import NormOutliers
-from vitweave.analysis.norms import cls_share
-from vitweave.analysis.norms import median
-from vitweave.analysis.norms import norm_outliers
-from vitweave.analysis.norms import one_role_dimensions
-from vitweave.analysis.pca import PcaMaps
-from vitweave.analysis.pca import pca_maps
-from vitweave.analysis.plots import plot_cosine
-from vitweave.analysis.plots import plot_dimensions
-from vitweave.analysis.plots import plot_drift
-from vitweave.analysis.plots import plot_patch_norms
-from vitweave.analysis.plots import plot_pca
+from vitweave.analysis.drift import ParameterDrift, specialization_drift
+from vitweave.analysis.inputs import find_images, from_processor, open_model, open_preprocessing, pixel_batches
+from vitweave.analysis.measurement import Measurement, TapStatistics, measure
+from vitweave.analysis.norms import NormOutliers, cls_share, median, norm_outliers, one_role_dimensions
+from vitweave.analysis.pca import PcaMaps, pca_maps
+from vitweave.analysis.plots import plot_cosine, plot_dimensions, plot_drift, plot_patch_norms, plot_pca
 
 logger = logging.get_logger(__name__)
 

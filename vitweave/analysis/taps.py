@@ -1,7 +1,6 @@
 """Streaming access to what enters and leaves the two norms of every block, for vanilla and specialised ViTs."""
 
-from collections.abc import Callable
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 

@@ -14,7 +14,14 @@ LIBRARY_KEYS = frozenset(
     [
         *("attn_implementation", "experts_implementation", "output_attentions", "per_layer_config", "use_return_dict"),
         *("auto_map", "model_type", "name_or_path", "num_labels", "torch_dtype", "transformers_version"),
-        *("base_model_tp_plan", "is_decoder", "pruned_heads", "quantization_config", "tie_word_embeddings", "use_cache"),
+        *(
+            "base_model_tp_plan",
+            "is_decoder",
+            "pruned_heads",
+            "quantization_config",
+            "tie_word_embeddings",
+            "use_cache",
+        ),
     ]
 )
 

@@ -1,7 +1,6 @@
 """What the config of a vision encoder says about its features: widths, grids, class tokens, layer by layer."""
 
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -3,13 +3,10 @@
 import dataclasses
 import json
 import re
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import EvalResult
-from huggingface_hub import ModelCard
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
 CARD_FILE = "vitweave_card.json"  # lies beside the model; a recipe writes it, the export reads it

@@ -22,9 +22,7 @@ def add_export_command(subparsers: argparse._SubParsersAction) -> None:
 def run_export(args: argparse.Namespace) -> None:
     """Load MODEL, export it, print what was written."""
     from vitweave.hub.card import CardInfo
-    from vitweave.hub.export import export
-    from vitweave.hub.export import load_model
-    from vitweave.hub.export import load_processor
+    from vitweave.hub.export import export, load_model, load_processor
 
     card = CardInfo.load(args.card or args.model)
     model = load_model(args.model)

@@ -7,23 +7,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitInfo
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
 from transformers import ImageProcessingMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from vitweave.hub.card import CardInfo
-from vitweave.hub.card import model_card
-from vitweave.hub.families import Family
-from vitweave.hub.families import auto_class_of
-from vitweave.hub.families import find_family
-from vitweave.hub.families import find_processor_class
-from vitweave.hub.families import processor_references
+from vitweave.hub.card import CardInfo, model_card
+from vitweave.hub.families import Family, auto_class_of, find_family, find_processor_class, processor_references
 from vitweave.hub.flatten import flatten
-from vitweave.hub.verify_bundle import check_bundle
-from vitweave.hub.verify_bundle import output_tensors
-from vitweave.hub.verify_bundle import to_model
-from vitweave.hub.verify_bundle import tolerance_of
+from vitweave.hub.verify_bundle import check_bundle, output_tensors, to_model, tolerance_of
 
 PROCESSOR_FILE = "preprocessor_config.json"
 

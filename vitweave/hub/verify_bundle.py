@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 TIMEOUT_SECONDS = 1800
 

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitweave.modeling.options import check_options
-from vitweave.modeling.options import pick
+from vitweave.modeling.options import check_options, pick
 
 
 class PixelLoss(nn.Module):

@@ -6,14 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BackboneOutput
-from transformers.modeling_outputs import SemanticSegmenterOutput
+from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutput
 from transformers.utils.generic import can_return_tuple
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
 from vitweave.modeling.heads.base import ProbeConv
-from vitweave.modeling.heads.registry import SEGMENTATION_HEADS
-from vitweave.modeling.heads.registry import build_segmentation_head
+from vitweave.modeling.heads.registry import SEGMENTATION_HEADS, build_segmentation_head
 from vitweave.modeling.losses import SegmentationLoss
 from vitweave.modeling.own_models import build_backbone
 from vitweave.modeling.pretrained import VitweavePreTrainedModel

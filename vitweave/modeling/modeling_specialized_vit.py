@@ -8,28 +8,25 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BackboneOutput
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils.generic import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+)
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.pretrained import VitweavePreTrainedModel
-from vitweave.modeling.specialized_layers import ClassAttentionLayer
-from vitweave.modeling.specialized_layers import SpecializedViTAttention
-from vitweave.modeling.specialized_layers import SpecializedViTLayer
-from vitweave.modeling.specialized_layers import add_bias
-from vitweave.modeling.tokens import LayerScale
-from vitweave.modeling.tokens import LowRankDown
-from vitweave.modeling.tokens import LowRankUp
-from vitweave.modeling.tokens import by_role
-from vitweave.modeling.tokens import tokens_to_map
-from vitweave.modeling.vit_embeddings import RelativePositionBias
-from vitweave.modeling.vit_embeddings import SpecializedViTEmbeddings
-from vitweave.modeling.vit_embeddings import rotary_tables
+from vitweave.modeling.specialized_layers import (
+    ClassAttentionLayer,
+    SpecializedViTAttention,
+    SpecializedViTLayer,
+    add_bias,
+)
+from vitweave.modeling.tokens import LayerScale, LowRankDown, LowRankUp, by_role, tokens_to_map
+from vitweave.modeling.vit_embeddings import RelativePositionBias, SpecializedViTEmbeddings, rotary_tables
 
 
 @dataclass

@@ -2,8 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Collection
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 Part = TypeVar("Part")

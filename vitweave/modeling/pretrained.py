@@ -9,12 +9,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitweave.modeling.checkpoint_files import refuse_pickle
-from vitweave.modeling.checkpoint_files import replace_when_done
-from vitweave.modeling.checkpoint_files import stored_model_type
-from vitweave.modeling.checkpoint_files import unreadable_weights
-from vitweave.modeling.tensor_names import repair_scopes
-from vitweave.modeling.tensor_names import to_live_names
+from vitweave.modeling.checkpoint_files import refuse_pickle, replace_when_done, stored_model_type, unreadable_weights
+from vitweave.modeling.tensor_names import repair_scopes, to_live_names
 
 
 class VitweavePreTrainedModel(PreTrainedModel):

@@ -10,12 +10,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
-from vitweave.modeling.tokens import DropPath
-from vitweave.modeling.tokens import LayerScale
-from vitweave.modeling.tokens import add_linear
-from vitweave.modeling.tokens import by_role
-from vitweave.modeling.vit_embeddings import RelativePositionBias
-from vitweave.modeling.vit_embeddings import rotate
+from vitweave.modeling.tokens import DropPath, LayerScale, add_linear, by_role
+from vitweave.modeling.vit_embeddings import RelativePositionBias, rotate
 
 
 def eager_attention(

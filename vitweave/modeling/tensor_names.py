@@ -11,10 +11,7 @@ from copy import deepcopy
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
-from transformers.core_model_loading import WeightRenaming
-from transformers.core_model_loading import WeightTransform
-from transformers.core_model_loading import rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
 
 
 def repair_scopes(conversions: list[WeightTransform]):

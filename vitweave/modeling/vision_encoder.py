@@ -9,11 +9,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import logging
 
 from vitweave.configuration.encoder_configs import resolve_config
-from vitweave.configuration.encoder_facts import EncoderFacts
-from vitweave.configuration.encoder_facts import vision_part
+from vitweave.configuration.encoder_facts import EncoderFacts, vision_part
 from vitweave.modeling.own_models import build_model
-from vitweave.modeling.tokens import split_prefix
-from vitweave.modeling.tokens import tokens_to_map
+from vitweave.modeling.tokens import split_prefix, tokens_to_map
 from vitweave.modeling.vision_families.base import VisionFamily
 from vitweave.modeling.vision_families.registry import VISION_FAMILIES
 from vitweave.modeling.vit_embeddings import check_pixel_values

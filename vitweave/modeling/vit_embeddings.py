@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
-from vitweave.configuration.configuration_specialized_vit import as_pair
+from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig, as_pair
 
 
 class PatchEmbeddings(nn.Module):

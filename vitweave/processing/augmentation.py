@@ -4,8 +4,7 @@ import numpy as np
 import PIL.Image
 from PIL import ImageEnhance
 
-from vitweave.processing.label_maps import read_label_map
-from vitweave.processing.label_maps import resize_nearest
+from vitweave.processing.label_maps import read_label_map, resize_nearest
 from vitweave.processing.segmentation_steps import picture_to_rgb
 
 

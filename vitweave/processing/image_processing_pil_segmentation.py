@@ -4,10 +4,12 @@ import numpy as np
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 
-from vitweave.processing.segmentation_steps import SegmentationImageProcessorKwargs
-from vitweave.processing.segmentation_steps import SegmentationSteps
-from vitweave.processing.segmentation_steps import channels_first
-from vitweave.processing.segmentation_steps import check_channels
+from vitweave.processing.segmentation_steps import (
+    SegmentationImageProcessorKwargs,
+    SegmentationSteps,
+    channels_first,
+    check_channels,
+)
 
 
 class SegmentationImageProcessorPil(SegmentationSteps, PilBackend):

@@ -7,10 +7,12 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling
 from transformers.utils import is_torchvision_available
 
-from vitweave.processing.segmentation_steps import SegmentationImageProcessorKwargs
-from vitweave.processing.segmentation_steps import SegmentationSteps
-from vitweave.processing.segmentation_steps import channels_first
-from vitweave.processing.segmentation_steps import check_channels
+from vitweave.processing.segmentation_steps import (
+    SegmentationImageProcessorKwargs,
+    SegmentationSteps,
+    channels_first,
+    check_channels,
+)
 
 
 class SegmentationImageProcessor(SegmentationSteps, TorchvisionBackend):

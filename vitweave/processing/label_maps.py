@@ -3,8 +3,7 @@
 import numpy as np
 import PIL.Image
 from transformers.image_transforms import get_size_with_aspect_ratio
-from transformers.image_utils import SizeDict
-from transformers.image_utils import get_image_size_for_max_height_width
+from transformers.image_utils import SizeDict, get_image_size_for_max_height_width
 
 LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # PIL modes with one integer per pixel
 

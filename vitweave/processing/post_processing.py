@@ -4,8 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.image_utils import SizeDict
 
-from vitweave.processing.label_maps import divisor_padding
-from vitweave.processing.label_maps import resized_size
+from vitweave.processing.label_maps import divisor_padding, resized_size
 
 
 def cut_padding(logits: Tensor, image_size: tuple[int, int], divisor: int | tuple[int, int]) -> Tensor:

@@ -5,18 +5,22 @@ from typing import Any
 import numpy as np
 import PIL.Image
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ChannelDimension
-from transformers.image_utils import SizeDict
-from transformers.image_utils import infer_channel_dimension_format
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_utils import (
+    ChannelDimension,
+    SizeDict,
+    infer_channel_dimension_format,
+    make_flat_list_of_images,
+)
 from transformers.processing_utils import ImagesKwargs
 
-from vitweave.processing.label_maps import check_label_range
-from vitweave.processing.label_maps import divisor_padding
-from vitweave.processing.label_maps import read_label_map
-from vitweave.processing.label_maps import reduce_labels
-from vitweave.processing.label_maps import resize_nearest
-from vitweave.processing.label_maps import resized_size
+from vitweave.processing.label_maps import (
+    check_label_range,
+    divisor_padding,
+    read_label_map,
+    reduce_labels,
+    resize_nearest,
+    resized_size,
+)
 from vitweave.processing.post_processing import semantic_maps
 
 UNSUPPORTED = ("do_center_crop", "do_pad")  # options of ImagesKwargs that would be accepted and ignored

@@ -4,12 +4,8 @@ from pathlib import Path
 
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from vitweave.training.checkpoints import RestoreWeights
-from vitweave.training.checkpoints import last_complete_checkpoint
-from vitweave.training.checkpoints import list_checkpoints
-from vitweave.training.checkpoints import restore_weights
-from vitweave.training.metrics import SegmentationMetrics
-from vitweave.training.metrics import predicted_classes
+from vitweave.training.checkpoints import RestoreWeights, last_complete_checkpoint, list_checkpoints, restore_weights
+from vitweave.training.metrics import SegmentationMetrics, predicted_classes
 from vitweave.training.parameter_groups import parameter_groups
 from vitweave.training.segmentation_data import collate_segmentation
 

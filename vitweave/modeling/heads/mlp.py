@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from vitweave.modeling.heads.base import SegmentationHead
-from vitweave.modeling.heads.base import resize_map
+from vitweave.modeling.heads.base import SegmentationHead, resize_map
 
 
 class MlpHead(SegmentationHead):

@@ -3,8 +3,7 @@
 from vitweave.modeling.heads.base import SegmentationHead
 from vitweave.modeling.heads.linear import LinearHead
 from vitweave.modeling.heads.mlp import MlpHead
-from vitweave.modeling.options import check_options
-from vitweave.modeling.options import pick
+from vitweave.modeling.options import check_options, pick
 
 SEGMENTATION_HEADS: dict[str, type[SegmentationHead]] = {
     "linear": LinearHead,

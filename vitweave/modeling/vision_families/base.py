@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from torch import Tensor
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from vitweave.configuration.encoder_facts import EncoderFacts
-from vitweave.configuration.encoder_facts import encoder_facts
+from vitweave.configuration.encoder_facts import EncoderFacts, encoder_facts
 
 
 class VisionFamily:

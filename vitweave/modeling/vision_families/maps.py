@@ -90,8 +90,7 @@ class Sam(MapFamily):
     """SAM: windowed blocks on a map with the channels last; the neck, which changes the width, is the last layer."""
 
     def model_classes(self, config):
-        from transformers.models.sam.modeling_sam import SamVisionEncoder
-        from transformers.models.sam.modeling_sam import SamVisionModel
+        from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionModel
 
         return (SamVisionModel, SamVisionEncoder)  # as an encoder of its own, and as a part of SamModel
 

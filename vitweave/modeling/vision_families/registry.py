@@ -1,25 +1,21 @@
 """The family of each model type; adding one is a line here and, for its facts, a line in `ENCODER_FACTS`."""
 
 from vitweave.modeling.vision_families.base import VisionFamily
-from vitweave.modeling.vision_families.maps import ConvNext
-from vitweave.modeling.vision_families.maps import Dinov3ConvNext
-from vitweave.modeling.vision_families.maps import MobileNetV2
-from vitweave.modeling.vision_families.maps import Sam
-from vitweave.modeling.vision_families.maps import Segformer
-from vitweave.modeling.vision_families.maps import Swin
-from vitweave.modeling.vision_families.maps import Swinv2
+from vitweave.modeling.vision_families.maps import ConvNext, Dinov3ConvNext, MobileNetV2, Sam, Segformer, Swin, Swinv2
 from vitweave.modeling.vision_families.specialized import Specialized
 from vitweave.modeling.vision_families.timm_models import Timm
-from vitweave.modeling.vision_families.vit import Beit
-from vitweave.modeling.vision_families.vit import Clip
-from vitweave.modeling.vision_families.vit import Dinov2
-from vitweave.modeling.vision_families.vit import Dinov3
-from vitweave.modeling.vision_families.vit import Mae
-from vitweave.modeling.vision_families.vit import PatchMean
-from vitweave.modeling.vision_families.vit import Radio
-from vitweave.modeling.vision_families.vit import ResizedViT
-from vitweave.modeling.vision_families.vit import Siglip
-from vitweave.modeling.vision_families.vit import Siglip2
+from vitweave.modeling.vision_families.vit import (
+    Beit,
+    Clip,
+    Dinov2,
+    Dinov3,
+    Mae,
+    PatchMean,
+    Radio,
+    ResizedViT,
+    Siglip,
+    Siglip2,
+)
 
 VISION_FAMILIES: dict[str, VisionFamily] = {
     "beit": Beit(),

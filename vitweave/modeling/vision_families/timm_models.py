@@ -2,9 +2,7 @@
 
 import torch
 
-from vitweave.configuration.encoder_facts import EncoderFacts
-from vitweave.configuration.encoder_facts import ceil_reduction
-from vitweave.configuration.encoder_facts import floor_reduction
+from vitweave.configuration.encoder_facts import EncoderFacts, ceil_reduction, floor_reduction
 from vitweave.modeling.vision_families.base import VisionFamily
 
 
