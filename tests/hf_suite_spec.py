@@ -66,6 +66,7 @@ def specialized_vit(name: str, skips: dict | None = None, **changes) -> ModelSui
         backbone_classes=[SpecializedViTBackbone],
         classification_classes=[SpecializedViTForImageClassification],
         seq_length=25 + prefix,
+        tester_attrs={"num_masks": 13, "mask_length": 25},
         config_kwargs={"hidden_size": 36},
         skips=skips or {},
         overrides={"test_can_load_ignoring_mismatched_shapes": mismatched_shapes_with_switches},

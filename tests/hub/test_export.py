@@ -25,6 +25,7 @@ from vitweave.hub import export as export_module
 from vitweave.hub import verify_bundle
 from vitweave.hub.card import CardInfo
 from vitweave.hub.export import export
+from vitweave.hub.export import load_card
 from vitweave.hub.export import load_model
 from vitweave.hub.export import load_processor
 from vitweave.hub.export import push_to_hub_with_code
@@ -299,6 +300,14 @@ def test_a_saved_model_is_loaded_by_its_own_class(saved):
     assert load_processor(saved) is None
 
 
+def test_a_card_beside_the_model_is_taken_along(saved, tmp_path):
+    assert load_card(saved) == CardInfo()
+    CardInfo(license="mit", limitations="One microscope.").save(saved)
+    folder = export(load_model(saved), tmp_path / "out", card=load_card(saved), verify=False)
+    assert load_card(folder) == load_card(saved)
+    assert "One microscope." in (folder / "README.md").read_text()
+
+
 def test_code_beside_a_model_is_never_run(saved):
     code = f"open({str(saved / 'ran')!r}, 'w').close()\nfrom transformers import ViTConfig as Evil\n"
     (saved / "evil.py").write_text(code)
@@ -322,6 +331,14 @@ def test_a_config_naming_a_foreign_class_is_refused(saved, changes, reason):
     edit_json(saved / "config.json", **changes)
     with pytest.raises(ValueError, match=reason):
         load_model(saved)
+
+
+def test_a_place_without_a_model_is_named(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        load_model(tmp_path)
+    for place in (tmp_path / "absent", saved / "config.json", "./absent"):
+        with pytest.raises(FileNotFoundError, match="expected a folder or a Hub id"):
+            load_model(place)
 
 
 def test_damaged_weights_are_refused(saved):

@@ -22,10 +22,14 @@ def add_export_command(subparsers: argparse._SubParsersAction) -> None:
 def run_export(args: argparse.Namespace) -> None:
     """Load MODEL, export it, print what was written."""
     from vitweave.hub.card import CardInfo
-    from vitweave.hub.export import export, load_model, load_processor
+    from vitweave.hub.export import export
+    from vitweave.hub.export import load_card
+    from vitweave.hub.export import load_model
+    from vitweave.hub.export import load_processor
 
-    card = CardInfo.load(args.card or args.model)
+    card = CardInfo.load(args.card) if args.card else None  # a mistake in it is told before the model is loaded
     model = load_model(args.model)
+    card = card or load_card(args.model)
     processor = load_processor(args.model)
     folder = export(model, args.out, processor, card, overwrite=args.force, verify=not args.no_verify)
     checked = "not checked" if args.no_verify else "checked in a process without vitweave"

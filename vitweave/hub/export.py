@@ -11,8 +11,14 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import ImageProcessingMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from vitweave.hub.card import CardInfo, model_card
-from vitweave.hub.families import Family, auto_class_of, find_family, find_processor_class, processor_references
+from vitweave.hub.card import CARD_FILE
+from vitweave.hub.card import CardInfo
+from vitweave.hub.card import model_card
+from vitweave.hub.families import Family
+from vitweave.hub.families import auto_class_of
+from vitweave.hub.families import find_family
+from vitweave.hub.families import find_processor_class
+from vitweave.hub.families import processor_references
 from vitweave.hub.flatten import flatten
 from vitweave.hub.verify_bundle import check_bundle, output_tensors, to_model, tolerance_of
 
@@ -139,6 +145,11 @@ def load_model(source: str | Path) -> PreTrainedModel:
 
     An `auto_map` in the config is ignored, and no weight may be missing.
     """
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise FileNotFoundError(f"{source} holds no saved model: config.json is missing")
+    if not path.is_dir() and (path.is_absolute() or path.exists() or len(path.parts) != 2):
+        raise FileNotFoundError(f"expected a folder or a Hub id like 'someone/model', got {str(source)!r}")
     settings, _ = PreTrainedConfig.get_config_dict(source)
     family = find_family(settings.get("model_type"))
     known = {model_class.__name__: model_class for model_class in family.models.values()}
@@ -159,6 +170,12 @@ def load_processor(source: str | Path) -> ImageProcessingMixin | None:
         return None
     named = json.loads(Path(path).read_text(encoding="utf-8")).get("image_processor_type")
     return find_processor_class(named).from_pretrained(source)
+
+
+def load_card(source: str | Path) -> CardInfo:
+    """The `vitweave_card.json` saved beside a model, in a folder or on the Hub; an empty card when there is none."""
+    path = cached_file(source, CARD_FILE, _raise_exceptions_for_missing_entries=False)
+    return CardInfo() if path is None else CardInfo.load(path)
 
 
 def _exportable(model: PreTrainedModel) -> Family:
