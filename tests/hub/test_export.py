@@ -400,6 +400,17 @@ def test_pushing_uploads_the_whole_export(hub):
     assert "license: mit" in readme
 
 
+def test_a_model_pushes_itself_with_its_code(hub, tmp_path):
+    assert classifier().push_to_hub("vit-cells", with_code=True, processor=PROCESSOR, verify=False) == "commit"
+    _, files, _ = hub[-1]
+    assert {"preprocessor_config.json", "modeling_specialized_vit.py"} < set(files)
+    # the published method cannot publish again: the exporter stays in the library
+    assert "pip install vitweave" in files["pretrained.py"].decode()
+    assert "export.py" not in files
+    with pytest.raises(TypeError, match="processor"):
+        classifier().push_to_hub("vit-cells", processor=PROCESSOR)
+
+
 def test_nothing_is_created_on_the_hub_when_the_check_fails(hub, monkeypatch):
     def fail(*args):
         raise RuntimeError("differs")

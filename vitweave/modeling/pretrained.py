@@ -238,6 +238,17 @@ class VitweavePreTrainedModel(PreTrainedModel):
         with replace_when_done(folder) as staging:
             return super().save_pretrained(str(staging), *args, **kwargs)
 
+    def push_to_hub(self, repo_id: str, *, with_code: bool = False, **kwargs) -> Any:
+        """As in transformers; with `with_code=True` the folder on the Hub loads without vitweave.
+
+        The options of `vitweave.hub.export.push_to_hub_with_code` (processor, card, ...) are taken then, too.
+        """
+        if not with_code:
+            return super().push_to_hub(repo_id, **kwargs)
+        from vitweave.hub.export import push_to_hub_with_code  # stays out of the published code
+
+        return push_to_hub_with_code(self, repo_id, **kwargs)
+
 
 def unset_value(buffer: Tensor) -> float | int | bool:
     """The mark of a buffer whose values were lost: NaN, or the lowest integer; booleans cannot be marked."""
