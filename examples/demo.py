@@ -155,9 +155,7 @@ def main() -> None:
     shown = range(0, len(test), 10)
     rows = [test[i] for i in shown], [predictions[i] for i in shown]
     write_report(args.out / "report.png", model, processor, *rows, zoom)
-    print(
-        f"in {args.out}: model/, export/ (loads without vitweave), report.png (picture, truth, prediction, PCA)"
-    )
+    print(f"in {args.out}: model/, export/ (loads without vitweave), report.png (picture, truth, prediction, PCA)")
     print("IoU: " + ", ".join(f"{n} {v:.3f}" for n, v in zip(ID2LABEL.values(), result["per_class_iou"], strict=True)))
     print(f"val mIoU: {score(predict(model, processor, val, zoom), val)['mean_iou']:.3f}")
     print(f"Otsu threshold baseline, test mIoU: {baseline['mean_iou']:.3f}")

@@ -13,9 +13,11 @@ from transformers import BitImageProcessorPil
 
 import vitweave  # noqa: F401  (registers the classes)
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
+from vitweave.modeling.modeling_specialized_vit import (
+    SpecializedViTBackbone,
+    SpecializedViTForImageClassification,
+    SpecializedViTModel,
+)
 
 SIZE = {"height": 30, "width": 30}
 TINY_VIT = {

@@ -13,9 +13,11 @@ from vitweave.auto import FAMILIES
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
+from vitweave.modeling.modeling_specialized_vit import (
+    SpecializedViTBackbone,
+    SpecializedViTForImageClassification,
+    SpecializedViTModel,
+)
 
 TINY = {
     "hidden_size": 32,
@@ -230,9 +232,7 @@ def test_exports_with_dynamic_batch_and_size(subject):
 
 @every_subject
 def test_lora_attaches_saves_loads_and_merges(subject, tmp_path):
-    from peft import LoraConfig
-    from peft import PeftModel
-    from peft import get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     base = subject.build()
     expected = run(base, pixels())

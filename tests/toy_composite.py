@@ -15,8 +15,7 @@ from transformers import (
     SwinConfig,
     ViTConfig,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from vitweave.configuration.configuration_base import VitweaveConfig
 from vitweave.modeling.pretrained import VitweavePreTrainedModel

@@ -8,8 +8,7 @@ import transformers
 from vitweave.analysis.measurement import measure
 from vitweave.analysis.taps import TAPS
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
+from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone, SpecializedViTModel
 
 TINY = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4)
 WIDE = dict(intermediate_size=64)

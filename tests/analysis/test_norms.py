@@ -1,10 +1,7 @@
 import pytest
 import torch
 
-from vitweave.analysis.norms import cls_share
-from vitweave.analysis.norms import median
-from vitweave.analysis.norms import norm_outliers
-from vitweave.analysis.norms import one_role_dimensions
+from vitweave.analysis.norms import cls_share, median, norm_outliers, one_role_dimensions
 
 
 def test_median_of_an_even_count_is_between_the_middle_values():

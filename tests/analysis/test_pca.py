@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from vitweave.analysis.pca import pca_maps
-from vitweave.analysis.pca import principal_components
+from vitweave.analysis.pca import pca_maps, principal_components
 
 
 def features(images=3, patches=6, hidden=5):

@@ -18,12 +18,10 @@ from transformers import (
 )
 
 from vitweave.analysis.command import add_inspect_command
-from vitweave.analysis.report import InspectOptions
-from vitweave.analysis.report import inspect_model
+from vitweave.analysis.report import InspectOptions, inspect_model
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
+from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone, SpecializedViTModel
 
 NUMBERS = InspectOptions(plots=False)
 TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)
@@ -175,8 +173,7 @@ def test_refusals(tmp_path, photos):
 
 
 def test_incomplete_checkpoints_are_refused(tmp_path, photos):
-    from safetensors.torch import load_file
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     folder = vit_folder(tmp_path)
     state = load_file(folder / "model.safetensors")

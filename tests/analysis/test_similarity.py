@@ -1,8 +1,7 @@
 import torch
 import torch.nn.functional as F
 
-from vitweave.analysis.similarity import mean_pair_cosine
-from vitweave.analysis.similarity import token_cosine
+from vitweave.analysis.similarity import mean_pair_cosine, token_cosine
 
 
 def tokens(*shape):

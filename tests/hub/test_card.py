@@ -4,10 +4,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
-from vitweave.hub.card import CardInfo
-from vitweave.hub.card import CardMetric
-from vitweave.hub.card import architecture_facts
-from vitweave.hub.card import model_card
+from vitweave.hub.card import CardInfo, CardMetric, architecture_facts, model_card
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
 
 COMMAND = "python examples/train.py --eval | tee log"

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -24,15 +23,9 @@ from vitweave.configuration.configuration_specialized_vit import SpecializedViTC
 from vitweave.hub import export as export_module
 from vitweave.hub import verify_bundle
 from vitweave.hub.card import CardInfo
-from vitweave.hub.export import export
-from vitweave.hub.export import load_card
-from vitweave.hub.export import load_model
-from vitweave.hub.export import load_processor
-from vitweave.hub.export import push_to_hub_with_code
-from vitweave.hub.export import random_image
+from vitweave.hub.export import export, load_card, load_model, load_processor, push_to_hub_with_code, random_image
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
+from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification, SpecializedViTModel
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "num_labels": 3}
@@ -279,8 +272,7 @@ def test_foreign_models_and_processors_are_refused(tmp_path):
 
 
 def test_adapters_must_be_merged_first(tmp_path):
-    from peft import LoraConfig
-    from peft import get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(classifier(), LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="merge_and_unload"):

@@ -7,9 +7,7 @@ import pytest
 from transformers import BitImageProcessorPil, ViTConfig
 
 from vitweave.hub import families as families_module
-from vitweave.hub.families import find_family
-from vitweave.hub.families import find_processor_class
-from vitweave.hub.families import processor_references
+from vitweave.hub.families import find_family, find_processor_class, processor_references
 
 PIL = """
     from transformers.image_processing_backends import PilBackend

@@ -6,11 +6,9 @@ import sys
 import textwrap
 
 import pytest
-from transformers.dynamic_module_utils import get_imports
-from transformers.dynamic_module_utils import get_relative_imports
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
-from vitweave.hub.flatten import flat_names
-from vitweave.hub.flatten import flatten
+from vitweave.hub.flatten import flat_names, flatten
 
 # What each module of the small package says.
 TOY = {

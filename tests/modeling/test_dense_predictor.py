@@ -2,12 +2,9 @@
 
 import pytest
 import torch
-from peft import LoraConfig
-from peft import PeftModel
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from safetensors.torch import load_file
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     ConvNextConfig,
     Dinov2Backbone,

@@ -5,12 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitweave.modeling.losses import LOSSES
-from vitweave.modeling.losses import CrossEntropyLoss
-from vitweave.modeling.losses import DiceLoss
-from vitweave.modeling.losses import FocalLoss
-from vitweave.modeling.losses import OhemLoss
-from vitweave.modeling.losses import SegmentationLoss
+from vitweave.modeling.losses import LOSSES, CrossEntropyLoss, DiceLoss, FocalLoss, OhemLoss, SegmentationLoss
 
 NUM_LABELS = 4
 WEIGHTS = [0.5, 2.0, 1.0, 3.0]

@@ -7,18 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from model_checks import check_equal_state
-from model_checks import check_saved_and_loaded_equal
-from model_checks import check_split_hints_arrive
-from safetensors.torch import load_file
-from safetensors.torch import save_file
+from model_checks import check_equal_state, check_saved_and_loaded_equal, check_split_hints_arrive
+from safetensors.torch import load_file, save_file
 from torch import nn
-from toy_composite import ENCODERS
-from toy_composite import ToyConfig
-from toy_composite import ToyForImageClassification
-from toy_composite import ToyModel
-from toy_composite import ToyPreTrainedModel
-from toy_composite import toy_config
+from toy_composite import ENCODERS, ToyConfig, ToyForImageClassification, ToyModel, ToyPreTrainedModel, toy_config
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -194,9 +186,7 @@ def test_trainer_loads_the_best_model(tmp_path):
 
 
 def test_lora_trains_resumes_and_merges(tmp_path):
-    from peft import LoraConfig
-    from peft import PeftModel
-    from peft import get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     def adapted():
         torch.manual_seed(2)

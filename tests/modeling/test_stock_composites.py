@@ -2,19 +2,20 @@
 
 import pytest
 import torch
-from transformers import DPTConfig
-from transformers import DPTForDepthEstimation
-from transformers import Mask2FormerConfig
-from transformers import Mask2FormerForUniversalSegmentation
-from transformers import UperNetConfig
-from transformers import UperNetForSemanticSegmentation
-from transformers import VisionTextDualEncoderModel
-from transformers import BertConfig
-from transformers import BertModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    DPTConfig,
+    DPTForDepthEstimation,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    VisionTextDualEncoderModel,
+)
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
+from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone, SpecializedViTModel
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -77,7 +78,9 @@ def test_runs_and_reloads_over_the_specialized_backbone(build, tmp_path):
 
 def test_is_the_vision_tower_of_a_dual_encoder(tmp_path):
     torch.manual_seed(0)
-    text = BertModel(BertConfig(vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    text = BertModel(
+        BertConfig(vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    )
     model = VisionTextDualEncoderModel(vision_model=SpecializedViTModel(backbone_config()), text_model=text).eval()
     inputs = {"pixel_values": PIXELS, "input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
     model.save_pretrained(tmp_path)

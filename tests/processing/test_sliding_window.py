@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitweave.processing.sliding_window import sliding_window_logits
-from vitweave.processing.sliding_window import window_starts
+from vitweave.processing.sliding_window import sliding_window_logits, window_starts
 
 
 def pixels(*shape):

@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vitweave.training.checkpoints import checkpoint_problem
-from vitweave.training.checkpoints import last_complete_checkpoint
+from vitweave.training.checkpoints import checkpoint_problem, last_complete_checkpoint
 
 
 def write_checkpoint(folder, step, sharded=False):

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitweave.training.metrics import ConfusionMatrix
-from vitweave.training.metrics import SegmentationMetrics
-from vitweave.training.metrics import predicted_classes
+from vitweave.training.metrics import ConfusionMatrix, SegmentationMetrics, predicted_classes
 
 
 def public_mean_iou(predictions, labels, num_labels, ignore_index):

@@ -5,9 +5,7 @@ import torch
 from torch import nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from vitweave.training.parameter_groups import find_encoder
-from vitweave.training.parameter_groups import is_decayed
-from vitweave.training.parameter_groups import parameter_groups
+from vitweave.training.parameter_groups import find_encoder, is_decayed, parameter_groups
 
 
 def tiny_segformer():

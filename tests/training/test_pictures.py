@@ -5,8 +5,7 @@ import PIL.Image
 import pytest
 import torch
 
-from vitweave.training.pictures import class_colours
-from vitweave.training.pictures import write_prediction_rows
+from vitweave.training.pictures import class_colours, write_prediction_rows
 from vitweave.training.synthetic_shapes import SyntheticShapes
 
 

@@ -19,8 +19,7 @@ from vitweave.configuration.configuration_specialized_vit import SpecializedViTC
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.processing.augmentation import SegmentationAugmentation
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
-from vitweave.training.segmentation import segmentation_arguments
-from vitweave.training.segmentation import train_segmentation
+from vitweave.training.segmentation import segmentation_arguments, train_segmentation
 from vitweave.training.segmentation_data import SegmentationDataset
 from vitweave.training.synthetic_shapes import SyntheticShapes
 

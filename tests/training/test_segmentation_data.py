@@ -10,9 +10,7 @@ from torch.utils.data import DataLoader
 
 from vitweave.processing.augmentation import SegmentationAugmentation
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
-from vitweave.training.segmentation_data import SegmentationDataset
-from vitweave.training.segmentation_data import collate_segmentation
-from vitweave.training.segmentation_data import read_id2label
+from vitweave.training.segmentation_data import SegmentationDataset, collate_segmentation, read_id2label
 from vitweave.training.synthetic_shapes import SyntheticShapes
 
 PROCESSOR = SegmentationImageProcessorPil(size=16)

@@ -22,10 +22,7 @@ def add_export_command(subparsers: argparse._SubParsersAction) -> None:
 def run_export(args: argparse.Namespace) -> None:
     """Load MODEL, export it, print what was written."""
     from vitweave.hub.card import CardInfo
-    from vitweave.hub.export import export
-    from vitweave.hub.export import load_card
-    from vitweave.hub.export import load_model
-    from vitweave.hub.export import load_processor
+    from vitweave.hub.export import export, load_card, load_model, load_processor
 
     card = CardInfo.load(args.card) if args.card else None  # a mistake in it is told before the model is loaded
     model = load_model(args.model)

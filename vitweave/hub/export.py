@@ -11,14 +11,8 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import ImageProcessingMixin, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from vitweave.hub.card import CARD_FILE
-from vitweave.hub.card import CardInfo
-from vitweave.hub.card import model_card
-from vitweave.hub.families import Family
-from vitweave.hub.families import auto_class_of
-from vitweave.hub.families import find_family
-from vitweave.hub.families import find_processor_class
-from vitweave.hub.families import processor_references
+from vitweave.hub.card import CARD_FILE, CardInfo, model_card
+from vitweave.hub.families import Family, auto_class_of, find_family, find_processor_class, processor_references
 from vitweave.hub.flatten import flatten
 from vitweave.hub.verify_bundle import check_bundle, output_tensors, to_model, tolerance_of
 

@@ -8,8 +8,7 @@ from transformers.models.segformer.modeling_segformer import SegformerDecodeHead
 
 from vitweave.modeling.heads.linear import LinearHead
 from vitweave.modeling.heads.mlp import MlpHead
-from vitweave.modeling.heads.registry import SEGMENTATION_HEADS
-from vitweave.modeling.heads.registry import build_segmentation_head
+from vitweave.modeling.heads.registry import SEGMENTATION_HEADS, build_segmentation_head
 
 CHANNELS = [8, 16]
 
