@@ -39,7 +39,7 @@ def tiny_vit(**changes) -> SpecializedViTConfig:
 
 
 def mismatched_shapes_with_switches(self):
-    """The mixin's test sets every option with "layer_scale" in its name to 1e-10; ours is a switch and keeps its value."""
+    """The mixin sets every option with "layer_scale" in its name to 1e-10; ours is a switch and keeps its value."""
     common = importlib.import_module("tests.test_modeling_common")
 
     def small_init(config):

@@ -1,0 +1,65 @@
+"""Side-by-side measurements: variants run in turn, ratios pair by pair, medians reported."""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(variants: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every variant in every round; the order turns around from round to round, one warm-up each."""
+    for run in variants.values():
+        run()
+    seconds = {name: [] for name in variants}
+    for index in range(rounds):
+        for name in list(variants)[:: 1 if index % 2 == 0 else -1]:
+            start = time.perf_counter()
+            variants[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], ours: str, peer: str) -> float:
+    """Median of the round-by-round ratios ours / peer."""
+    return statistics.median(a / b for a, b in zip(seconds[ours], seconds[peer], strict=True))
+
+
+def peak_memory(code: str, threads: int = 2) -> float:
+    """Peak resident memory in MiB of a fresh Python process that runs `code`."""
+    script = f"import torch\ntorch.set_num_threads({threads})\n{code}\nimport resource\n"
+    script += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def write_results(name: str, rows: list[dict]) -> None:
+    """Print the rows as a table and keep them in results/<name>.json with the versions they were measured with."""
+    import torch
+    import transformers
+
+    width = max(len(row["what"]) for row in rows)
+    print(f"{'what':{width}}  {'ratio':>7}  {'demand':>8}  held")
+    for row in rows:
+        print(f"{row['what']:{width}}  {row['ratio']:7.3f}  {row['demand']:>8}  {'yes' if row['held'] else 'NO'}")
+    device = "CPU, " + (platform.processor() or platform.machine())
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    report = {"device": device, "threads": torch.get_num_threads(), "versions": versions, "rows": rows}
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def row(what: str, value: float, demand: str) -> dict:
+    """One line of a table; demand is like "<= 1.02" or ">= 10"."""
+    sign, limit = demand.split()
+    held = value <= float(limit) if sign == "<=" else value >= float(limit)
+    return {"what": what, "ratio": round(value, 4), "demand": demand, "held": held}
