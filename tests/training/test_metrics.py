@@ -47,6 +47,18 @@ def test_streaming_equals_the_public_formula(num_labels):
     np.testing.assert_allclose(found["per_class_iou"], iou, rtol=1e-12)
 
 
+@pytest.mark.parametrize("ignore_index", [255, -1, 70000, 3, 300])
+@pytest.mark.parametrize("num_labels", [5, 280])
+def test_every_ignore_index_leaves_its_pixels_out(ignore_index, num_labels):
+    predictions, labels = random_maps(num_labels)
+    labels[labels == 255] = 0
+    labels[:, :9] = ignore_index
+    confusion = ConfusionMatrix(num_labels, ignore_index)
+    confusion.update(predictions, labels)
+    expected = public_mean_iou(predictions, labels, num_labels, ignore_index)
+    assert confusion.compute()["mean_iou"] == pytest.approx(expected[0], rel=1e-12)
+
+
 def test_absent_classes_do_not_count():
     confusion = ConfusionMatrix(4)
     confusion.update(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1, 1]]))

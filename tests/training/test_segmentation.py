@@ -30,7 +30,7 @@ FEW_STEPS = {"per_device_train_batch_size": 2, "disable_tqdm": True, "use_cpu": 
 def tiny_model(**options):
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-    backbone = SpecializedViTConfig(**small, hidden_dropout_prob=0.1, out_indices=[1, 2])
+    backbone = SpecializedViTConfig(**small, qkv_blocks="all", hidden_dropout_prob=0.1, out_indices=[1, 2])
     config = DensePredictorConfig(backbone_config=backbone, id2label=SyntheticShapes.id2label, **options)
     return DensePredictorForSemanticSegmentation(config)
 

@@ -7,6 +7,12 @@ from torch import Tensor
 PADDING_INDEX = -100  # the Trainer fills labels with it when processes hold images of different size
 
 
+def bounds(values: Tensor) -> tuple[int, int]:
+    """Lowest and highest value."""
+    low, high = values.aminmax()
+    return int(low), int(high)
+
+
 class ConfusionMatrix:
     """Counts of (true class, predicted class) over every pixel seen so far; memory does not grow with the images."""
 
@@ -25,24 +31,34 @@ class ConfusionMatrix:
                 f"expected predictions as large as the labels, got {tuple(predictions.shape)} and {tuple(labels.shape)}"
                 "; resize the logits to the labels first"
             )
-        size = self.num_labels
-        predictions, labels = predictions.flatten().to(torch.int64), labels.flatten().to(torch.int64)
-        # ignored pixels are counted in an extra row, which is then dropped: cheaper than selecting the others
-        ignored = (labels == self.ignore_index) | (labels == PADDING_INDEX)
-        labels = labels.masked_fill(ignored, size)
-        if labels.numel():
-            self._check_range("labels", labels, size + 1)
-            self._check_range("predictions", predictions, size)
-        counts = torch.bincount(labels.mul_(size).add_(predictions), minlength=size * (size + 1))
-        self.counts += counts[: size * size].view(size, size).to(self.counts.device)
+        if not labels.numel():
+            return
+        size, rows = self.num_labels, max(self.num_labels + 1, 256)
+        predictions, labels, ignored_row = predictions.flatten().int(), labels.flatten().int(), self.ignore_index
+        low, high = bounds(labels)
+        if low < 0 or high >= rows:  # rare: padding of the Trainer, or an ignore index beyond the rows
+            labels = labels.masked_fill((labels == self.ignore_index) | (labels == PADDING_INDEX), size)
+            (low, high), ignored_row = bounds(labels), size
+            if low < 0 or high > size:
+                raise ValueError(self._range_message("labels", low, high))
+        low, high = bounds(predictions)
+        if low < 0 or high >= size:
+            raise ValueError(self._range_message("predictions", low, high))
+        # every label has a row of its own, also the ignored one: dropping rows is cheaper than selecting pixels
+        index = torch.add(predictions, labels, alpha=size)
+        counts = torch.bincount(index, minlength=rows * size).view(rows, size).to(self.counts.device)
+        if 0 <= ignored_row < rows:
+            counts[ignored_row] = 0
+        if counts[size:].sum():
+            foreign = counts[size:].sum(dim=1).nonzero().flatten() + size
+            raise ValueError(self._range_message("labels", int(foreign.min()), int(foreign.max())))
+        self.counts += counts[:size]
 
-    def _check_range(self, name: str, values: Tensor, end: int) -> None:
-        low, high = (int(value) for value in values.aminmax())
-        if low < 0 or high >= end:
-            raise ValueError(
-                f"expected {name} from 0 to {self.num_labels - 1} or {self.ignore_index} (ignored), got {low} to "
-                f"{high}; check num_labels and ignore_index"
-            )
+    def _range_message(self, name: str, low: int, high: int) -> str:
+        return (
+            f"expected {name} from 0 to {self.num_labels - 1} or {self.ignore_index} (ignored), got {low} to {high}; "
+            "check num_labels and ignore_index"
+        )
 
     def compute(self) -> dict:
         """mean_iou, pixel_accuracy, mean_accuracy, and per_class_iou (num_labels values, NaN for absent classes)."""
