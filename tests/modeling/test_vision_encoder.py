@@ -78,6 +78,16 @@ FIXED_SIZE = {"sam_vision_model": (32, 32)}  # the native model takes no other
 every_case = pytest.mark.parametrize("name", sorted(CASES))
 
 
+def mostly_slow(names: list[str], fast: tuple[str, ...]) -> pytest.MarkDecorator:
+    """All of `names`, those outside `fast` in the slow tier."""
+    return pytest.mark.parametrize(
+        "name", [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    )
+
+
+some_fast = mostly_slow(sorted(CASES), fast=("clip_vision_model", "radio", "segformer", "specialized_vit", "swin"))
+
+
 def build(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model = build_model(resolve_config({"model_type": name.split("-")[0], **CASES[name]})).eval()
@@ -242,7 +252,7 @@ def test_swin_forgets_the_size_of_the_image_before():
     torch.testing.assert_close(encoder(images("swin")).patches[0], before, rtol=0, atol=0)
 
 
-@every_case
+@some_fast
 @torch.no_grad()
 def test_one_image_equals_a_batch(name):
     encoder, pixel_values = VisionEncoder(build(name), layers=[1, -1]), images(name, 3)
@@ -252,7 +262,7 @@ def test_one_image_equals_a_batch(name):
         torch.testing.assert_close(patches[1:2], single, rtol=1e-3, atol=1e-4)
 
 
-@every_case
+@some_fast
 def test_gradient_reaches_the_blocks_that_ran_and_only_those(name):
     encoder = VisionEncoder(build(name), layers=[1], final_norm=False)
     pixel_values = images(name).requires_grad_()
@@ -261,13 +271,6 @@ def test_gradient_reaches_the_blocks_that_ran_and_only_those(name):
     blocks = blocks_of(encoder)
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in blocks[0].parameters())
     assert all(parameter.grad is None for block in blocks[1:] for parameter in block.parameters())
-
-
-def mostly_slow(names: list[str], fast: tuple[str, ...]) -> pytest.MarkDecorator:
-    """All of `names`, those outside `fast` in the slow tier."""
-    return pytest.mark.parametrize(
-        "name", [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
-    )
 
 
 CHECKPOINTED = [name for name in sorted(CASES) if "conv" not in name and name != "mobilenet_v2" and "-" not in name]
@@ -296,7 +299,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
     torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-5)
 
 
-@every_case
+@some_fast
 @torch.no_grad()
 def test_bfloat16(name):
     encoder = VisionEncoder(build(name).to(torch.bfloat16), layers=[1, -1])
@@ -470,7 +473,7 @@ def test_unknown_encoders_are_refused():
         encoder_facts(ResNetConfig())
 
 
-@every_case
+@some_fast
 @torch.no_grad()
 def test_wrong_images_are_refused(name):
     encoder = VisionEncoder(build(name))
