@@ -49,10 +49,10 @@ clean:
 
 # The floor shares the packages of .venv (by path) and puts the oldest supported transformers in front of them.
 .venv-floor/stamp: .venv/stamp Makefile
-	$(PYTHON) -m venv --clear .venv-floor
+	$(PYTHON) -m venv --clear --without-pip .venv-floor
 	.venv/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > "$$(.venv-floor/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
-	.venv-floor/bin/python -m pip install -q --no-input "transformers==$(FLOOR)"
+	.venv/bin/python -m pip --python .venv-floor/bin/python install -q --no-input "transformers==$(FLOOR)"
 	touch $@
 
 # Without constraints: the newest torch that torchvision goes with.
