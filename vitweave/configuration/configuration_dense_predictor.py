@@ -16,7 +16,7 @@ class DensePredictorConfig(VitweaveConfig):
             specialised ViT of base size.
         freeze_backbone: train the head alone; the backbone's weights, dropout and statistics stand still. It is saved:
             a reloaded or resumed model stays frozen.
-        head_type: "linear" or "mlp", see `vitweave/modeling/heads/registry.py`.
+        head_type: "linear", "mlp" or "subpixel", see `vitweave/modeling/heads/registry.py`.
         head_options: arguments of that head's constructor.
         losses: name of a loss -> its weight in the sum, see `vitweave/modeling/losses.py`. None is cross-entropy.
         loss_options: name of a loss -> its constructor's arguments.

@@ -107,7 +107,7 @@ def test_options_reach_the_constructor():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("liner", None, "unknown head_type 'liner' .did you mean 'linear'.*known: .'linear', 'mlp'"),
+        ("liner", None, "unknown head_type 'liner' .did you mean 'linear'.*known: .'linear', 'mlp', 'subpixel'"),
         ("linear", {"droput": 0.1}, "the head 'linear' has no option 'droput' .did you mean 'dropout'"),
         ("linear", {"num_labels": 4}, "no option 'num_labels'"),
         ("mlp", {"width": 4}, r"its options: \['dropout', 'hidden_size'\]"),

@@ -3,11 +3,13 @@
 from vitweave.modeling.heads.base import SegmentationHead
 from vitweave.modeling.heads.linear import LinearHead
 from vitweave.modeling.heads.mlp import MlpHead
+from vitweave.modeling.heads.subpixel import SubpixelHead
 from vitweave.modeling.options import check_options, pick
 
 SEGMENTATION_HEADS: dict[str, type[SegmentationHead]] = {
     "linear": LinearHead,
     "mlp": MlpHead,
+    "subpixel": SubpixelHead,
 }
 
 
