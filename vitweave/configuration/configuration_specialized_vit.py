@@ -67,6 +67,9 @@ class SpecializedViTConfig(BackboneConfigMixin, VitweaveConfig):
         class_attention_scale: start value of their LayerScale.
 
     The host:
+        host_config: the vanilla config this model was converted from, for `to_vanilla`; None = trained from scratch.
+        hidden_act: activation of the MLP; None = "gelu", or "silu" in a SwiGLU.
+        freeze_position_embeddings: the position table is not trained (MAE).
         intermediate_size: width of the MLP; None = hidden_size * mlp_ratio (SwiGLU: 2/3 of it, rounded up to 8).
         layerscale_value: start value, None = no LayerScale.
         position_embedding_type: "learned" table, "rotary" on the patches (DINOv3), or "none".
@@ -92,7 +95,7 @@ class SpecializedViTConfig(BackboneConfigMixin, VitweaveConfig):
     mlp_ratio: float | int = 4
     use_swiglu_ffn: bool = False
     mlp_bias: bool = True
-    hidden_act: str = "gelu"
+    hidden_act: str | None = None
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
@@ -111,6 +114,7 @@ class SpecializedViTConfig(BackboneConfigMixin, VitweaveConfig):
     position_embedding_type: str = "learned"
     position_interpolation: str = "bicubic"
     position_for_cls: bool = True
+    freeze_position_embeddings: bool = False
     rope_theta: float | int = 100.0
     pos_embed_shift: float | int | None = None
     pos_embed_jitter: float | int | None = None
@@ -126,6 +130,8 @@ class SpecializedViTConfig(BackboneConfigMixin, VitweaveConfig):
     pooler_act: str = "tanh"
     pooler_output_size: int | None = None
     classifier_input: str = "cls"
+
+    host_config: dict | None = None
 
     class_attention_layers: int = 0
     class_attention_scale: float | int = 1e-5

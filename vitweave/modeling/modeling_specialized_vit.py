@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin
@@ -47,6 +48,22 @@ class SpecializedViTPreTrainedModel(VitweavePreTrainedModel):
     _can_record_outputs = {"hidden_states": SpecializedViTLayer, "attentions": SpecializedViTAttention}
     _input_embed_layer = "patch_embeddings"
     _keys_to_ignore_on_load_missing = [r"mask_token"]  # read in masked pretraining alone
+
+    @classmethod
+    def from_vit(cls, model_or_id: PreTrainedModel | str, **flags) -> "SpecializedViTPreTrainedModel":
+        """Specialise a vanilla ViT (a model, a folder or a Hub id); its outputs stay the same.
+
+        See `vitweave.modeling.specialize.specialize` for the flags. `conversion_report` of the result says what was copied.
+        """
+        from vitweave.modeling.specialize import specialize  # it imports this module
+
+        return specialize(model_or_id, cls, **flags)
+
+    def to_vanilla(self, strict: bool = True) -> PreTrainedModel:
+        """The vanilla model this one was made from, with the patch weights; `strict` refuses to lose anything."""
+        from vitweave.modeling.conversion.restore import to_vanilla  # heavy, and only needed here
+
+        return to_vanilla(self, strict)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

@@ -100,7 +100,7 @@ class SpecializedViTMLP(nn.Module):
     def __init__(self, config: SpecializedViTConfig, index: int):
         super().__init__()
         self.gated = config.use_swiglu_ffn
-        self.activation = ACT2FN["silu" if self.gated and config.hidden_act == "gelu" else config.hidden_act]
+        self.activation = ACT2FN[config.hidden_act or ("silu" if self.gated else "gelu")]
         self.num_cls_rows = config.num_cls_rows
         self.cls_scale = low_rank_scale(config)
         narrow, wide = config.hidden_size, config.mlp_width

@@ -82,7 +82,8 @@ class SpecializedViTEmbeddings(nn.Module):
         self.position_embeddings = None
         if config.position_embedding_type == "learned":
             positions = self.num_position_prefix + math.prod(self.stored_grid)
-            self.position_embeddings = nn.Parameter(torch.zeros(1, positions, hidden))
+            trained = not config.freeze_position_embeddings
+            self.position_embeddings = nn.Parameter(torch.zeros(1, positions, hidden), requires_grad=trained)
         self.patch_embeddings = PatchEmbeddings(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -138,7 +139,7 @@ def rotary_tables(
         centres = move_coordinates(config, centres)
     exponents = torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=like.device)  # (head_dim / 4,)
     frequencies = 1 / config.rope_theta**exponents
-    angles = 2 * math.pi * centres.to(dtype)[:, :, None] * frequencies.to(dtype)
+    angles = (2 * math.pi * centres)[:, :, None].to(dtype) * frequencies.to(dtype)
     angles = angles.flatten(1, 2).tile(2)  # (patches, head_dim)
     angles = F.pad(angles, (0, 0, config.num_prefix_tokens, 0))
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
