@@ -1,7 +1,7 @@
 """A pretrained vanilla ViT becomes a specialised one with the same outputs, and back.
 
-Every specialised parameter starts as a clone of its patch twin (CLS <- patch), low-rank updates at zero. Everything happens in
-memory, because transformers renames weights on loading and saving.
+Every specialised parameter starts as a clone of its patch twin, low-rank updates at zero. Everything happens in memory,
+because transformers renames weights on loading and saving.
 """
 
 import difflib
@@ -91,11 +91,11 @@ def specialize(
         model_or_id: a transformers ViT (see `conversion/registry.py` for the families), a folder or a Hub id.
         model_class: SpecializedViTModel, SpecializedViTBackbone or SpecializedViTForImageClassification. A vanilla
             classifier keeps its head; on a base model a new head with `num_labels` is created.
-        flags: specialisation options, backbone options, label options and dropout rates of `SpecializedViTConfig`; with an id
-            also `revision`, `dtype` and other options of `from_pretrained`.
+        flags: specialisation, backbone, label and dropout options of `SpecializedViTConfig`; with an id also `revision`,
+            `dtype` and other options of `from_pretrained`.
 
     Returns:
-        the model with the host's dtype, device, mode and attention implementation; `conversion_report` says what was copied.
+        the model with the host's dtype, device, mode and attention implementation, and a `conversion_report`.
     """
     missing, load_options = set(), {key: flags.pop(key) for key in LOAD_OPTIONS if key in flags}
     check_flags(flags)
@@ -199,7 +199,7 @@ def fill(
         reason = dropped_reason(name)
         if reason is None:
             raise ValueError(
-                f"{type(host).__name__} has the parameter {name!r}, which the specialised ViT does not know; convert the"
+                f"{type(host).__name__} has the parameter {name!r}, which the specialised ViT does not know; convert a"
                 f" plain {family.base_class}"
             )
         report.dropped[name] = reason

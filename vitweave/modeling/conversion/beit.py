@@ -10,7 +10,7 @@ def beit_options(model: PreTrainedModel) -> dict:
     config = model.config
     if config.use_relative_position_bias and config.use_shared_relative_position_bias:
         raise ValueError(
-            "this BEiT has a relative position bias per layer and a shared one; the specialised ViT holds one of the two"
+            "this BEiT has relative position biases per layer and a shared one; the specialised ViT holds one of them"
         )
     bias = "per_layer" if config.use_relative_position_bias else None
     return {

@@ -25,8 +25,8 @@ DROPPED = (
 class Place:
     """Where a host tensor lives in the specialised ViT.
 
-    names: our parameters; several = the host holds their concatenation along its first axis (a fused qkv), none = it has
-        no place.
+    names: our parameters; several = the host holds their concatenation along its first axis (a fused qkv), none = it
+        has no place.
     slot: index along the second axis of our parameter, when ours holds several host tensors (two class tokens).
     """
 

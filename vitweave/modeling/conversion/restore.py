@@ -17,8 +17,8 @@ def to_vanilla(model: PreTrainedModel, strict: bool = True) -> PreTrainedModel:
     """Rebuild the host model with the patch weights of `model`.
 
     Args:
-        strict: refuse when something would be lost: [CLS] weights that differ from their patch twins, low-rank updates, an
-            attention bias. Otherwise these are dropped.
+        strict: refuse when something would be lost: [CLS] weights that differ from their patch twins, low-rank updates,
+            an attention bias. Otherwise these are dropped.
     """
     config = model.config
     if not config.host_config:

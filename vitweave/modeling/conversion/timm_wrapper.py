@@ -1,4 +1,4 @@
-"""timm's VisionTransformer through transformers' TimmWrapper: ViT, DeiT, DeiT-III (arXiv:2204.07118), CLIP and DINOv2 variants."""
+"""timm's VisionTransformer, opened by transformers' TimmWrapper: ViT, DeiT, DeiT-III (arXiv:2204.07118), CLIP, DINOv2."""
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,8 +18,8 @@ def check_supported(vit: nn.Module):
     """Refuse timm models that are no plain ViT with one class token, by the first thing that is different."""
     if type(vit).__name__ != "VisionTransformer":
         raise ValueError(
-            f"this timm model is a {type(vit).__name__}; only timm's VisionTransformer (ViT, DeiT, DeiT-III, CLIP, DINOv2)"
-            " can be specialised"
+            f"this timm model is a {type(vit).__name__}; of timm, only VisionTransformer can be specialised (ViT, DeiT,"
+            " DeiT-III, CLIP, DINOv2)"
         )
     block = vit.blocks[0]
     if type(block).__name__ != "Block":
