@@ -89,8 +89,8 @@ def specialize(
 
     Args:
         model_or_id: a transformers ViT (see `conversion/registry.py` for the families), a folder or a Hub id.
-        model_class: SpecializedViTModel, SpecializedViTBackbone or SpecializedViTForImageClassification. A vanilla
-            classifier keeps its head; on a base model a new head with `num_labels` is created.
+        model_class: SpecializedViTModel, SpecializedViTBackbone or SpecializedViTForImageClassification. A
+            vanilla classifier keeps its head; on a base model a new head with `num_labels` is created.
         flags: specialisation, backbone, label and dropout options of `SpecializedViTConfig`; with an id also `revision`,
             `dtype` and other options of `from_pretrained`.
 

@@ -1,4 +1,4 @@
-"""timm's VisionTransformer, opened by transformers' TimmWrapper: ViT, DeiT, DeiT-III (arXiv:2204.07118), CLIP, DINOv2."""
+"""timm's VisionTransformer in transformers' TimmWrapper: ViT, DeiT, DeiT-III (arXiv:2204.07118), CLIP, DINOv2."""
 
 from torch import nn
 from transformers import PreTrainedModel
