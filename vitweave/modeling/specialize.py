@@ -7,7 +7,9 @@ because transformers renames weights on loading and saving.
 import difflib
 import re
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -15,15 +17,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
-from vitweave.modeling.conversion.host_family import HostFamily, dropped_reason, gather
-from vitweave.modeling.conversion.open_vanilla import LOAD_OPTIONS, open_vanilla
-from vitweave.modeling.conversion.registry import find_family, gated_family
-from vitweave.modeling.modeling_specialized_vit import (
-    SpecializedViTBackbone,
-    SpecializedViTForImageClassification,
-    SpecializedViTModel,
-    SpecializedViTPreTrainedModel,
-)
+from vitweave.modeling.conversion.host_family import HostFamily
+from vitweave.modeling.conversion.host_family import dropped_reason
+from vitweave.modeling.conversion.host_family import gather
+from vitweave.modeling.conversion.open_vanilla import LOAD_OPTIONS
+from vitweave.modeling.conversion.open_vanilla import open_vanilla
+from vitweave.modeling.conversion.registry import find_family
+from vitweave.modeling.conversion.registry import gated_family
+from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
+from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
+from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
+from vitweave.modeling.modeling_specialized_vit import SpecializedViTPreTrainedModel
 
 SPECIALIZATION_FLAGS = (
     "specialize_norm",
@@ -90,9 +94,9 @@ def specialize(
     Args:
         model_or_id: a transformers ViT (see `conversion/registry.py` for the families), a folder or a Hub id.
         model_class: SpecializedViTModel, SpecializedViTBackbone or SpecializedViTForImageClassification. A
-            vanilla classifier keeps its head; on a base model a new head with `num_labels` is created.
-        flags: specialisation, backbone, label and dropout options of `SpecializedViTConfig`; with an id also `revision`,
-            `dtype` and other options of `from_pretrained`.
+            vanilla classifier keeps its head; a base model gets a new one with `num_labels`.
+        flags: specialisation, backbone, label and dropout options of `SpecializedViTConfig`; with an id also
+            `revision`, `dtype` and other options of `from_pretrained`.
 
     Returns:
         the model with the host's dtype, device, mode and attention implementation, and a `conversion_report`.

@@ -72,7 +72,10 @@ def by_role(parent: nn.Module, name: str, num_cls_rows: int, *inputs: Tensor) ->
     output = getattr(parent, name)(*inputs)
     twin = getattr(parent, f"{name}_cls", None)
     if twin is not None:
-        output[:, :num_cls_rows] = twin(*(rows[:, :num_cls_rows] for rows in inputs)).to(output.dtype)
+        rows = [tokens[:, :num_cls_rows].contiguous() for tokens in inputs]  # else linear layers take a slow batched path
+        if len(rows) == 1 and rows[0].shape[:2].numel() == 1:
+            rows = [rows[0].expand(-1, 2, -1).contiguous()]  # a single row is summed in another order than many rows
+        output[:, :num_cls_rows] = twin(*rows)[:, :num_cls_rows].to(output.dtype)
         return output
     up = getattr(parent, f"{name}_cls_up", None)
     if up is not None:

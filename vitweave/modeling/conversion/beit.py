@@ -2,7 +2,10 @@
 
 from transformers import PreTrainedModel
 
-from vitweave.modeling.conversion.host_family import DROPOUT_FACTS, SHAPE_FACTS, HostFamily, take
+from vitweave.modeling.conversion.host_family import DROPOUT_FACTS
+from vitweave.modeling.conversion.host_family import SHAPE_FACTS
+from vitweave.modeling.conversion.host_family import HostFamily
+from vitweave.modeling.conversion.host_family import take
 
 
 def beit_options(model: PreTrainedModel) -> dict:

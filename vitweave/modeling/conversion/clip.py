@@ -2,7 +2,9 @@
 
 from transformers import PreTrainedModel
 
-from vitweave.modeling.conversion.host_family import SHAPE_FACTS, HostFamily, take
+from vitweave.modeling.conversion.host_family import SHAPE_FACTS
+from vitweave.modeling.conversion.host_family import HostFamily
+from vitweave.modeling.conversion.host_family import take
 
 
 def clip_options(model: PreTrainedModel) -> dict:
