@@ -53,7 +53,7 @@ class SpecializedViTPreTrainedModel(VitweavePreTrainedModel):
     def from_vit(cls, model_or_id: PreTrainedModel | str, **flags) -> "SpecializedViTPreTrainedModel":
         """Specialise a vanilla ViT (a model, a folder or a Hub id); its outputs stay the same.
 
-        See `vitweave.modeling.specialize.specialize` for the flags. `conversion_report` of the result says what was copied.
+        The flags are those of `vitweave.modeling.specialize.specialize`; `conversion_report` says what was copied.
         """
         from vitweave.modeling.specialize import specialize  # it imports this module
 
