@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TimmWrapperConfig
-from transformers import TimmWrapperForImageClassification
-from transformers import TimmWrapperModel
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
 
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
