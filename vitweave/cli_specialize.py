@@ -25,7 +25,7 @@ def add_specialize_command(subparsers: argparse._SubParsersAction) -> None:
         "specialize",
         help="give a pretrained ViT separate [CLS] and patch weights, with unchanged outputs",
         description="Convert the vanilla ViT SRC, write it with its image processor into OUT, and say what was copied."
-        " Blocks are: all, first_third, none, a number (the first blocks), or indices from 0 such as 0,1,5 ('3,' = block 3).",
+        " BLOCKS: all, first_third, none, a number (first blocks), or indices from 0 such as 0,1,5 ('3,': block 3).",
     )
     parser.add_argument(
         "src", metavar="SRC", help="folder or Hub id of a ViT, DeiT, DINOv2/3, BEiT, CLIP, MAE or timm ViT"

@@ -170,6 +170,7 @@ def specialized_config(
     if flags.get("attention_bias"):
         facts["attention_bias_init"] = 0.0  # the least disturbance of a pretrained model
     config = SpecializedViTConfig(**{**facts, **flags}, host_config=remember(host))
+    config.architectures = [model_class.__name__]
     config._attn_implementation = host.config._attn_implementation
     return config, family
 
