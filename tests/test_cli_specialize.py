@@ -6,9 +6,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-from vanilla_hosts import BACKBONE_HOSTS
-from vanilla_hosts import CLASSIFIER_HOSTS
-from vanilla_hosts import randomized
+from vanilla_hosts import BACKBONE_HOSTS, CLASSIFIER_HOSTS, randomized
 
 from vitweave.cli import main
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone

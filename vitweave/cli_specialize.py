@@ -75,9 +75,11 @@ def class_of_kind(kind: str, source: str) -> type:
     """The model class to make; "auto" is a classifier where the checkpoint is one, else the base model."""
     from transformers import AutoConfig
 
-    from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
-    from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
-    from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
+    from vitweave.modeling.modeling_specialized_vit import (
+        SpecializedViTBackbone,
+        SpecializedViTForImageClassification,
+        SpecializedViTModel,
+    )
 
     if kind == "auto":
         saved_as = (AutoConfig.from_pretrained(source).architectures or [""])[0]

@@ -27,18 +27,13 @@ from transformers import (
     ViTMAEForPreTraining,
     ViTModel,
 )
-from vanilla_hosts import BACKBONE_HOSTS
-from vanilla_hosts import BASE_HOSTS
-from vanilla_hosts import CLASSIFIER_HOSTS
-from vanilla_hosts import MLP
-from vanilla_hosts import SHAPE
-from vanilla_hosts import TEXT
-from vanilla_hosts import randomized
-from vanilla_hosts import run_host
+from vanilla_hosts import BACKBONE_HOSTS, BASE_HOSTS, CLASSIFIER_HOSTS, MLP, SHAPE, TEXT, randomized, run_host
 
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
+from vitweave.modeling.modeling_specialized_vit import (
+    SpecializedViTBackbone,
+    SpecializedViTForImageClassification,
+    SpecializedViTModel,
+)
 from vitweave.modeling.specialize import specialize
 
 FLAGS = {

@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
 
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
+from vitweave.modeling.modeling_specialized_vit import (
+    SpecializedViTBackbone,
+    SpecializedViTForImageClassification,
+    SpecializedViTModel,
+)
 
 pytestmark = [pytest.mark.torchvision, pytest.mark.slow]
 pytest.importorskip("torchvision", reason="needs torchvision")

@@ -4,23 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig
-from peft import PeftModel
-from peft import get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from vanilla_hosts import BASE_HOSTS
-from vanilla_hosts import CLASSIFIER_HOSTS
-from vanilla_hosts import randomized
+from vanilla_hosts import BASE_HOSTS, CLASSIFIER_HOSTS, randomized
 
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
+from vitweave.modeling.modeling_specialized_vit import (
+    SpecializedViTBackbone,
+    SpecializedViTForImageClassification,
+    SpecializedViTModel,
+)
 from vitweave.modeling.tokens import by_role
-from vitweave.training.lora import load_adapter
-from vitweave.training.lora import lora_config
-from vitweave.training.lora import save_adapter
+from vitweave.training.lora import load_adapter, lora_config, save_adapter
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 

@@ -7,9 +7,7 @@ because transformers renames weights on loading and saving.
 import difflib
 import re
 import warnings
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -17,17 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
-from vitweave.modeling.conversion.host_family import HostFamily
-from vitweave.modeling.conversion.host_family import dropped_reason
-from vitweave.modeling.conversion.host_family import gather
-from vitweave.modeling.conversion.open_vanilla import LOAD_OPTIONS
-from vitweave.modeling.conversion.open_vanilla import open_vanilla
-from vitweave.modeling.conversion.registry import find_family
-from vitweave.modeling.conversion.registry import gated_family
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTPreTrainedModel
+from vitweave.modeling.conversion.host_family import HostFamily, dropped_reason, gather
+from vitweave.modeling.conversion.open_vanilla import LOAD_OPTIONS, open_vanilla
+from vitweave.modeling.conversion.registry import find_family, gated_family
+from vitweave.modeling.modeling_specialized_vit import (
+    SpecializedViTBackbone,
+    SpecializedViTForImageClassification,
+    SpecializedViTModel,
+    SpecializedViTPreTrainedModel,
+)
 
 SPECIALIZATION_FLAGS = (
     "specialize_norm",

@@ -9,16 +9,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
-from vitweave.modeling.specialize import OTHER_FLAGS
-from vitweave.modeling.specialize import SPECIALIZATION_FLAGS
-from vitweave.modeling.specialize import specialize
+from vitweave.modeling.modeling_specialized_vit import (
+    SpecializedViTBackbone,
+    SpecializedViTForImageClassification,
+    SpecializedViTModel,
+)
+from vitweave.modeling.specialize import OTHER_FLAGS, SPECIALIZATION_FLAGS, specialize
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
 # our names and those of older and of timm hosts
 QKV = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "qkv")

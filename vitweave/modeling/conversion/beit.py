@@ -2,10 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from vitweave.modeling.conversion.host_family import DROPOUT_FACTS
-from vitweave.modeling.conversion.host_family import SHAPE_FACTS
-from vitweave.modeling.conversion.host_family import HostFamily
-from vitweave.modeling.conversion.host_family import take
+from vitweave.modeling.conversion.host_family import DROPOUT_FACTS, SHAPE_FACTS, HostFamily, take
 
 
 def beit_options(model: PreTrainedModel) -> dict:

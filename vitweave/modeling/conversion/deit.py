@@ -2,11 +2,8 @@
 
 from transformers import PreTrainedModel
 
-from vitweave.modeling.conversion.host_family import HostFamily
-from vitweave.modeling.conversion.host_family import has_parameter
-from vitweave.modeling.conversion.vit import RENAMES
-from vitweave.modeling.conversion.vit import vit_arguments
-from vitweave.modeling.conversion.vit import vit_options
+from vitweave.modeling.conversion.host_family import HostFamily, has_parameter
+from vitweave.modeling.conversion.vit import RENAMES, vit_arguments, vit_options
 
 
 def deit_options(model: PreTrainedModel) -> dict:

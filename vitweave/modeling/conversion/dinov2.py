@@ -2,12 +2,14 @@
 
 from transformers import PreTrainedModel
 
-from vitweave.modeling.conversion.host_family import DROPOUT_FACTS
-from vitweave.modeling.conversion.host_family import SHAPE_FACTS
-from vitweave.modeling.conversion.host_family import HostFamily
-from vitweave.modeling.conversion.host_family import has_parameter
-from vitweave.modeling.conversion.host_family import qkv_biases
-from vitweave.modeling.conversion.host_family import take
+from vitweave.modeling.conversion.host_family import (
+    DROPOUT_FACTS,
+    SHAPE_FACTS,
+    HostFamily,
+    has_parameter,
+    qkv_biases,
+    take,
+)
 
 RENAMES = (  # names of transformers before 5.19; the newer ones are ours
     (r"\.attention\.attention\.query\.", ".attention.q_proj."),

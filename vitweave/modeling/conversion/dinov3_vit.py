@@ -2,9 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from vitweave.modeling.conversion.host_family import SHAPE_FACTS
-from vitweave.modeling.conversion.host_family import HostFamily
-from vitweave.modeling.conversion.host_family import take
+from vitweave.modeling.conversion.host_family import SHAPE_FACTS, HostFamily, take
 
 
 def dinov3_options(model: PreTrainedModel) -> dict:

@@ -1,10 +1,8 @@
 """What a host family tells about itself: the facts of its config and where its parameters go."""
 
 import re
-from collections.abc import Callable
-from collections.abc import Iterable
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor

@@ -5,15 +5,11 @@ from transformers import PreTrainedConfig
 from vitweave.modeling.conversion.beit import BEIT
 from vitweave.modeling.conversion.clip import CLIP
 from vitweave.modeling.conversion.deit import DEIT
-from vitweave.modeling.conversion.dinov2 import DINOV2
-from vitweave.modeling.conversion.dinov2 import DINOV2_WITH_REGISTERS
-from vitweave.modeling.conversion.dinov3_vit import DINOV3
-from vitweave.modeling.conversion.dinov3_vit import DINOV3_GATED
+from vitweave.modeling.conversion.dinov2 import DINOV2, DINOV2_WITH_REGISTERS
+from vitweave.modeling.conversion.dinov3_vit import DINOV3, DINOV3_GATED
 from vitweave.modeling.conversion.host_family import HostFamily
-from vitweave.modeling.conversion.timm_wrapper import TIMM
-from vitweave.modeling.conversion.timm_wrapper import TIMM_GATED
-from vitweave.modeling.conversion.vit import VIT
-from vitweave.modeling.conversion.vit import VIT_MAE
+from vitweave.modeling.conversion.timm_wrapper import TIMM, TIMM_GATED
+from vitweave.modeling.conversion.vit import VIT, VIT_MAE
 
 # model_type -> family; two families of one type differ in the names of a gated MLP.
 HOST_FAMILIES: dict[str, HostFamily] = {

@@ -7,10 +7,8 @@ import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, CLIPConfig, PreTrainedConfig, PreTrainedModel
 
-from vitweave.modeling.conversion.host_family import HostFamily
-from vitweave.modeling.conversion.host_family import scatter
-from vitweave.modeling.conversion.registry import HOST_FAMILIES
-from vitweave.modeling.conversion.registry import gated_family
+from vitweave.modeling.conversion.host_family import HostFamily, scatter
+from vitweave.modeling.conversion.registry import HOST_FAMILIES, gated_family
 
 SHOWN = 5  # differing parameters listed in an error
 
