@@ -27,6 +27,7 @@ from vitweave.modeling.losses import CrossEntropyLoss
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
 from vitweave.modeling.specialized_layers import SpecializedViTLayer, eager_attention
 from vitweave.training.depth_metrics import depth_metrics
+from vitweave.training.lora import lora_config
 from vitweave.training.metrics import ConfusionMatrix
 from vitweave.training.probing import knn_scores, linear_probe_input
 
@@ -258,7 +259,30 @@ def replay_probes(case: Case, params: dict):
         case.check(f"output.linear.{name}", linear_probe_input(cls_tokens[-n:], patches))
 
 
+def replay_lora_cls(case: Case):
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    shared = vit_config(case.config, norm_blocks=[], qkv_blocks=[], proj_blocks=[], mlp_blocks=[])
+    vanilla = load(SpecializedViTModel(shared).to(case.dtype), case.group("state.vanilla"), [], case)
+    pixel_values = case.tensors["input.pixel_values"]
+    case.check("output.vanilla.last_hidden_state", vanilla(pixel_values).last_hidden_state)
+    model = SpecializedViTModel(vit_config(case.config)).to(case.dtype).eval()
+    state = vanilla.state_dict()
+    model.load_state_dict({name: state[name.replace("_cls.", ".")] for name in model.state_dict()})
+    config = lora_config(model, "cls", rank=case.sidecar["r"], alpha=case.sidecar["lora_alpha"])
+    adapted = get_peft_model(model, config)
+    result = set_peft_model_state_dict(adapted, {twin_name(n): t for n, t in case.group("state.adapter").items()})
+    assert not result.unexpected_keys
+    case.check("output.adapted.last_hidden_state", adapted(pixel_values).last_hidden_state)
+    merged = adapted.merge_and_unload().state_dict()
+    wanted = case.group("output.merged")
+    assert wanted
+    for name in wanted:
+        case.check(f"output.merged.{name}", merged[twin_name(name)])
+
+
 KINDS = {
+    "lora_cls": replay_lora_cls,
     "vit": replay_vit,
     "vit_native_lowrank": replay_vit,
     "vit_grads": replay_vit_grads,

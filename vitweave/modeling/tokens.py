@@ -83,12 +83,14 @@ def by_role(parent: nn.Module, name: str, num_cls_rows: int, *inputs: Tensor) ->
 
 
 def leading_rows(inputs: tuple[Tensor, ...], num_rows: int, is_linear: bool) -> list[Tensor]:
-    """The first rows of each (batch, tokens, hidden), contiguous: linear layers take a slow path otherwise.
+    """The first rows of each (batch, tokens, hidden).
 
-    Products of less than 4 rows are summed in another order than longer ones and round differently (1e-5 on the logits
-    of a ViT-Ti), so that in eager mode a linear layer gets some rows more, which its caller drops.
+    Linear layers get them contiguous, or torch takes a slow batched path. And they get 4 rows at least (the caller
+    drops the surplus): shorter products are summed in another order and round differently, 1e-5 on a ViT-Ti's logits.
     """
-    if is_linear and not torch.compiler.is_compiling() and inputs[0].shape[0] * num_rows < 4:
+    if not is_linear:
+        return [tokens[:, :num_rows] for tokens in inputs]
+    if not torch.compiler.is_compiling() and inputs[0].shape[0] * num_rows < 4:
         num_rows = 4
     return [tokens[:, :num_rows].contiguous() for tokens in inputs]
 
