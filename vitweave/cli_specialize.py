@@ -1,8 +1,10 @@
 """`vitweave specialize SRC OUT`: a pretrained vanilla ViT becomes a specialised one with the same outputs."""
 
 import argparse
+import shutil
 from pathlib import Path
 
+PROCESSOR_FILE = "preprocessor_config.json"
 KINDS = ("auto", "model", "backbone", "classifier")
 
 
@@ -49,8 +51,6 @@ def add_specialize_command(subparsers: argparse._SubParsersAction) -> None:
 
 def run_specialize(args: argparse.Namespace) -> None:
     """Convert SRC, write OUT, print the report."""
-    from transformers import AutoImageProcessor
-
     from vitweave.modeling.checkpoint_files import replace_when_done
     from vitweave.modeling.specialize import specialize
 
@@ -59,16 +59,28 @@ def run_specialize(args: argparse.Namespace) -> None:
     known = ("src", "out", "kind", "run", "debug")
     flags = {name: value for name, value in vars(args).items() if name not in known and value is not None}
     model = specialize(args.src, class_of_kind(args.kind, args.src), **flags)
-    try:
-        processor = AutoImageProcessor.from_pretrained(args.src)
-    except (OSError, ValueError):
-        processor = None
     with replace_when_done(args.out) as folder:
         model.save_pretrained(folder)
-        if processor is not None:
-            processor.save_pretrained(folder)
+        has_processor = copy_processor(args.src, folder)
     print(model.conversion_report)
-    print(f"{args.out}: " + ("model and image processor" if processor else "model; SRC has no image processor to copy"))
+    print(f"{args.out}: model" + (" and image processor" if has_processor else "; SRC has no image processor to copy"))
+
+
+def copy_processor(source: str, folder: Path) -> bool:
+    """Write the image processor of `source` into `folder`, if it has one."""
+    from transformers import AutoImageProcessor
+    from transformers.utils import cached_file
+
+    try:
+        AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
+    except ImportError:  # transformers before 5.15 asks for torchvision; the file says all there is to say
+        try:
+            shutil.copy(cached_file(source, PROCESSOR_FILE), folder / PROCESSOR_FILE)
+        except OSError:
+            return False
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def class_of_kind(kind: str, source: str) -> type:
