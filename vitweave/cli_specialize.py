@@ -73,7 +73,7 @@ def copy_processor(source: str, folder: Path) -> bool:
 
     try:
         AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
-    except ImportError:  # transformers before 5.15 asks for torchvision; the file says all there is to say
+    except ImportError:  # older transformers ask for torchvision here; the file alone says enough
         try:
             shutil.copy(cached_file(source, PROCESSOR_FILE), folder / PROCESSOR_FILE)
         except OSError:
