@@ -72,7 +72,7 @@ def by_role(parent: nn.Module, name: str, num_cls_rows: int, *inputs: Tensor) ->
     output = getattr(parent, name)(*inputs)
     twin = getattr(parent, f"{name}_cls", None)
     if twin is not None:
-        rows = leading_rows(inputs, num_cls_rows, is_linear="norm" not in name and len(inputs) == 1)
+        rows = leading_rows(inputs, num_cls_rows)
         output[:, :num_cls_rows] = twin(*rows)[:, :num_cls_rows].to(output.dtype)
         return output
     up = getattr(parent, f"{name}_cls_up", None)
@@ -82,14 +82,12 @@ def by_role(parent: nn.Module, name: str, num_cls_rows: int, *inputs: Tensor) ->
     return output
 
 
-def leading_rows(inputs: tuple[Tensor, ...], num_rows: int, is_linear: bool) -> list[Tensor]:
-    """The first rows of each (batch, tokens, hidden).
+def leading_rows(inputs: tuple[Tensor, ...], num_rows: int) -> list[Tensor]:
+    """The first rows of each (batch, tokens, hidden), as a tensor of their own.
 
-    Linear layers get them contiguous, or torch takes a slow batched path. And they get 4 rows at least (the caller
-    drops the surplus): shorter products are summed in another order and round differently, 1e-5 on a ViT-Ti's logits.
+    Contiguous, or linear layers take a slow batched path. And 4 rows at least (the caller drops the surplus): shorter
+    products are summed in another order and round differently, 1e-5 on a ViT-Ti's logits.
     """
-    if not is_linear:
-        return [tokens[:, :num_rows] for tokens in inputs]
     if not torch.compiler.is_compiling() and inputs[0].shape[0] * num_rows < 4:
         num_rows = 4
     return [tokens[:, :num_rows].contiguous() for tokens in inputs]
