@@ -1,7 +1,7 @@
 """Train a segmentation model on a folder of images or a dataset of the Hub.
 
     python examples/train_segmentation.py --tiny
-    python examples/train_segmentation.py --data cells/ --encoder facebook/dinov2-small --mode lora --steps 2000
+    python examples/train_segmentation.py --data cells/ --size 256 256 --encoder facebook/dinov2-small --mode lora --steps 2000
 
 A folder holds `train/` and `val/`, each with `image/` and `label/`, and perhaps `meta.json` with the class names.
 A killed run goes on with the same command and `--resume`, and ends with the same weights.
@@ -30,7 +30,7 @@ class Arguments:
     encoder: str = field(default="", metadata={"help": "a ViT to specialise (folder or id); empty: a small one anew"})
     layers: list[int] = field(default_factory=lambda: [3, 6, 9, 12], metadata={"help": "layers the head reads"})
     mode: str = field(default="full", metadata={"help": "what is trained", "choices": ["frozen", "lora", "full"]})
-    size: int = field(default=224, metadata={"help": "height and width of the images, in pixels"})
+    size: list[int] = field(default_factory=lambda: [224, 224], metadata={"help": "height and width in pixels"})
     steps: int = 1000
     eval_every: int = field(default=200, metadata={"help": "steps between evaluations and checkpoints"})
     batch_size: int = 16
@@ -45,14 +45,15 @@ class Arguments:
 def main() -> dict[str, float]:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     if args.tiny:
-        args.layers, args.size, args.steps, args.eval_every, args.batch_size, args.workers = [1, 2], 32, 20, 10, 4, 0
+        args.layers, args.size, args.steps, args.eval_every, args.batch_size, args.workers = [1, 2], [32, 32], 20, 10, 4, 0
     elif not args.data:
         raise SystemExit("--data is missing: give a folder, the id of a dataset, or --tiny")
     set_seed(args.seed)
 
     # 1. Images and class maps; crops, flips and colours differ in every epoch, and only with epoch, image and seed
-    processor = SegmentationImageProcessorPil(size=args.size)
-    augmentation = SegmentationAugmentation(crop_size=args.size, color_jitter=0.25, seed=args.seed)
+    height, width = args.size
+    processor = SegmentationImageProcessorPil(size={"height": height, "width": width})
+    augmentation = SegmentationAugmentation(crop_size=(height, width), color_jitter=0.25, seed=args.seed)
     if args.tiny:
         id2label = SyntheticShapes.id2label
         train = SegmentationDataset(SyntheticShapes(32), processor, augmentation)

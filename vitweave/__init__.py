@@ -1,7 +1,41 @@
-"""vitweave: woven vision encoders for Hugging Face transformers."""
+"""vitweave: woven vision encoders for Hugging Face transformers. Importing it registers them with the Auto classes."""
+
+from importlib import import_module
 
 from vitweave.auto import register
 
 __version__ = "0.1.0"
 
+# Public names and where they are defined; imported when they are first asked for.
+PUBLIC = {
+    "ConfusionMatrix": "vitweave.training.metrics",
+    "DensePredictorConfig": "vitweave.configuration.configuration_dense_predictor",
+    "DensePredictorForSemanticSegmentation": "vitweave.modeling.modeling_dense_predictor",
+    "SegmentationAugmentation": "vitweave.processing.augmentation",
+    "SegmentationDataset": "vitweave.training.segmentation_data",
+    "SegmentationImageProcessor": "vitweave.processing.image_processing_segmentation",
+    "SegmentationImageProcessorPil": "vitweave.processing.image_processing_pil_segmentation",
+    "SpecializedViTBackbone": "vitweave.modeling.modeling_specialized_vit",
+    "SpecializedViTConfig": "vitweave.configuration.configuration_specialized_vit",
+    "SpecializedViTForImageClassification": "vitweave.modeling.modeling_specialized_vit",
+    "SpecializedViTModel": "vitweave.modeling.modeling_specialized_vit",
+    "VisionEncoder": "vitweave.modeling.vision_encoder",
+    "VisionFeatures": "vitweave.modeling.vision_encoder",
+    "export": "vitweave.hub.export",
+    "inspect_model": "vitweave.analysis.report",
+    "lora_config": "vitweave.training.lora",
+    "sliding_window_logits": "vitweave.processing.sliding_window",
+    "train_segmentation": "vitweave.training.segmentation",
+}
+
 register()
+
+
+def __getattr__(name: str):
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'vitweave' has no attribute {name!r}; public names: {sorted(PUBLIC)}")
+    return getattr(import_module(PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC})
