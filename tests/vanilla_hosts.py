@@ -87,7 +87,7 @@ def randomized(model: PreTrainedModel, dtype: torch.dtype = torch.float64) -> Pr
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model.to(dtype).eval()
 
 

@@ -157,8 +157,9 @@ def test_a_base_model_gets_a_new_head():
     assert "classifier.weight" in changed.conversion_report.dropped
 
 
-def test_saved_and_opened_by_auto_class(tmp_path: Path):
-    host = randomized(CLASSIFIER_HOSTS["deit-distilled"](), torch.float32)
+@pytest.mark.parametrize("family", CLASSIFIER_HOSTS)
+def test_saved_and_opened_by_auto_class(family: str, tmp_path: Path):
+    host = randomized(CLASSIFIER_HOSTS[family](), torch.float32)
     host.save_pretrained(tmp_path / "vanilla")
     SpecializedViTForImageClassification.from_vit(tmp_path / "vanilla").save_pretrained(tmp_path / "specialised")
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "specialised")
@@ -265,6 +266,8 @@ def test_bad_flags_are_refused():
         SpecializedViTModel.from_vit(host, qkv_block=2)
     with pytest.raises(ValueError, match=r"qkv_blocks has the block indices \[3\]"):
         SpecializedViTModel.from_vit(host, qkv_blocks=[3])
+    with pytest.raises(TypeError, match="expected a transformers model, a folder or a Hub id, got Linear"):
+        SpecializedViTModel.from_vit(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="already specialised"):
         SpecializedViTModel.from_vit(SpecializedViTModel.from_vit(host))
 

@@ -104,6 +104,11 @@ def specialize(
         host, missing = open_vanilla(host, is_classifier(model_class), **load_options)
     elif load_options:
         raise ValueError(f"{sorted(load_options)} only apply to a folder or Hub id, but a model was given")
+    if not isinstance(host, PreTrainedModel):
+        kind = type(host).__name__
+        raise TypeError(
+            f"expected a transformers model, a folder or a Hub id, got {kind}; open timm models as TimmWrapperModel"
+        )
     if getattr(host, "is_quantized", False):
         raise ValueError("a quantised model cannot be converted; load it without quantisation first")
     host_parameters = {name: tensor for name, tensor in host.named_parameters() if name not in missing}
