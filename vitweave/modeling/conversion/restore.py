@@ -38,7 +38,7 @@ def to_vanilla(model: PreTrainedModel, strict: bool = True) -> PreTrainedModel:
     family = gated_family(model_type, config.use_swiglu_ffn)
     host_config = CONFIG_MAPPING[model_type].from_dict(facts, num_labels=config.num_labels)
     host_config.id2label, host_config.label2id = config.id2label, config.label2id
-    host_config._attn_implementation = config._attn_implementation
+    host_config.dtype, host_config._attn_implementation = model.dtype, config._attn_implementation
     host = build(family, host_config, model, saved_as)
     fill(host, family, tensors)
     host.name_or_path = facts.get("_name_or_path", "")
