@@ -2,7 +2,8 @@
 
     python benchmarks/kill_resume.py --kills 20
 
-Each resumed run sees random augmentation, data loader workers, dropout and BatchNorm. Exit status 1 if any bit differs.
+Each resumed run sees random augmentation, data loader workers, dropout and BatchNorm. Every fourth kill comes while a
+file of a checkpoint is half written. Exit status 1 if any bit differs.
 """
 
 import argparse
@@ -20,7 +21,22 @@ from pathlib import Path
 STEPS = 20
 
 
-def train(output_dir: str, kill_step: int, kill_delay: float, workers: int) -> None:
+def kill_in_file(number: int) -> None:
+    """Be killed when file `number` that torch writes is half on the disk."""
+    import torch
+
+    save, calls = torch.save, iter(range(1000))
+
+    def half_save(value, path, *args, **kwargs):
+        save(value, path, *args, **kwargs)
+        if next(calls) == number:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half_save
+
+
+def train(output_dir: str, kill_step: int, kill_delay: float, kill_file: int, workers: int) -> None:
     """One process: train a tiny model, or be killed `kill_delay` seconds after step `kill_step` began."""
     import torch
     from transformers import TrainerCallback
@@ -39,6 +55,8 @@ def train(output_dir: str, kill_step: int, kill_delay: float, workers: int) -> N
             if state.global_step == kill_step:
                 threading.Timer(kill_delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
+    if kill_file >= 0:
+        kill_in_file(kill_file)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
@@ -68,9 +86,11 @@ def train(output_dir: str, kill_step: int, kill_delay: float, workers: int) -> N
     Path(output_dir, "kept_metrics.json").write_text(json.dumps(kept))
 
 
-def launch(output_dir: Path, kill_step: int = -1, kill_delay: float = 0.0, workers: int = 2) -> int:
-    command = [sys.executable, __file__, "--train", str(output_dir), "--kill-step", str(kill_step)]
-    command += ["--kill-delay", str(kill_delay), "--workers", str(workers)]
+def launch(output_dir: Path, workers: int, kill_step: int = -1, kill_delay: float = 0.0, kill_file: int = -1) -> int:
+    """Run `train` in a process of its own; its exit status."""
+    options = {"train": output_dir, "workers": workers}
+    options |= {"kill-step": kill_step, "kill-delay": kill_delay, "kill-file": kill_file}
+    command = [sys.executable, __file__, *(f"--{name}={value}" for name, value in options.items())]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode not in (0, -signal.SIGKILL):
         raise RuntimeError(done.stdout + done.stderr)
@@ -101,27 +121,33 @@ def main() -> int:
     parser.add_argument("--train", help=argparse.SUPPRESS)
     parser.add_argument("--kill-step", type=int, default=-1, help=argparse.SUPPRESS)
     parser.add_argument("--kill-delay", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--kill-file", type=int, default=-1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train:
-        train(args.train, args.kill_step, args.kill_delay, args.workers)
+        train(args.train, args.kill_step, args.kill_delay, args.kill_file, args.workers)
         return 0
 
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder, "whole")
-        launch(whole, workers=args.workers)
+        launch(whole, args.workers)
         expected, different = fingerprint(whole), 0
         print(f"unbroken run of {STEPS} steps: {expected}")
         for number in range(args.kills):
             broken, step, delay = Path(folder, f"broken-{number}"), rng.randrange(STEPS), rng.uniform(0.0, 0.3)
-            killed = launch(broken, step, delay, args.workers) != 0
+            if number % 4 == 1:  # 4 files to each of the 7 checkpoints
+                file = rng.randrange(28)
+                moment, status = f"in file {file}", launch(broken, args.workers, kill_file=file)
+            else:
+                moment, status = f"step {step} + {delay:.3f} s", launch(broken, args.workers, step, delay)
+            killed = status != 0
             left = sorted(path.name for path in broken.glob("checkpoint-*"))
-            launch(broken, workers=args.workers)
+            launch(broken, args.workers)
             aside = sorted(path.name for path in broken.glob("incomplete-*"))
             same = fingerprint(broken) == expected
             different += not same
             print(
-                f"kill {number + 1:2d}: step {step:2d} + {delay:.3f} s, {'killed' if killed else 'finished first'}, "
+                f"kill {number + 1:2d}: {moment}, {'killed' if killed else 'finished first'}, "
                 f"left {left}, set aside {aside}: {'identical' if same else 'DIFFERENT'}",
                 flush=True,
             )

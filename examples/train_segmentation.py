@@ -75,7 +75,8 @@ def main() -> dict[str, float]:
         backbone = SpecializedViTBackbone.from_vit(args.encoder, out_indices=args.layers)
     else:
         small = {"hidden_size": 64, "num_attention_heads": 4, "patch_size": 8, "image_size": args.size}
-        config = SpecializedViTConfig(**small, num_hidden_layers=max(args.layers), out_indices=args.layers)
+        depth = max(args.layers)
+        config = SpecializedViTConfig(**small, num_hidden_layers=depth, qkv_blocks="all", out_indices=args.layers)
         backbone = SpecializedViTBackbone(config)
 
     # 3. A linear head on the chosen layers; train it alone, with LoRA on the [CLS] path, or everything

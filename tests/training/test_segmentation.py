@@ -106,9 +106,15 @@ def test_a_resumed_run_sees_the_same_epochs_and_ends_alike(tmp_path, build, save
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-def test_a_finished_run_can_be_asked_again(tmp_path):
-    first = run(tmp_path, max_steps=3)
-    assert run(tmp_path, max_steps=3, resume=True)["mean_iou"] == first["mean_iou"]
+@pytest.mark.parametrize("build", [tiny_model, stock_model])
+@pytest.mark.parametrize("steps", [{"max_steps": 4}, {"num_train_epochs": 1}])
+def test_a_finished_run_can_be_asked_again(tmp_path, build, steps):
+    model, again = build(), build()
+    first = run(tmp_path, model, **steps)
+    left = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert run(tmp_path, again, resume=True, **steps)["mean_iou"] == first["mean_iou"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == left  # not one step more
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_earlier_checkpoints_are_never_overwritten(tmp_path):

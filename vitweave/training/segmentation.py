@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from vitweave.training.checkpoints import RestoreWeights, last_complete_checkpoint, list_checkpoints, restore_weights
 from vitweave.training.metrics import SegmentationMetrics, predicted_classes
@@ -116,6 +116,23 @@ def segmentation_trainer(
     )
 
 
+def is_finished(checkpoint: str, args: TrainingArguments) -> bool:
+    """Whether all `max_steps` are done; the Trainer looks only after a step, and would take one step too many."""
+    state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+    return 0 < args.max_steps <= state.global_step
+
+
+def restore_finished(trainer: Trainer, checkpoint: str) -> dict[str, float]:
+    """Put a run whose last checkpoint is its last step into the state in which it would have ended."""
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    best = best if best is not None and Path(best).is_dir() else checkpoint
+    trainer._load_from_checkpoint(best)
+    restore_weights(trainer.model, best)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"train_loss": losses[-1]} if losses else {}
+
+
 def train_segmentation(
     model,
     train_dataset,
@@ -141,16 +158,19 @@ def train_segmentation(
             the defaults of `segmentation_arguments`.
 
     Returns:
-        train_loss and, with an eval_dataset, mean_iou, pixel_accuracy, mean_accuracy, iou_<class name>, loss.
+        train_loss of the steps taken by this call and, with an eval_dataset, mean_iou, pixel_accuracy, mean_accuracy,
+        iou_<class name> and loss.
     """
     args = segmentation_arguments(output_dir, evaluates=eval_dataset is not None, **arguments)
     checkpoint = resume_point(args, resume)
     callbacks = [RestoreWeights(checkpoint), *callbacks]
     trainer = segmentation_trainer(model, train_dataset, eval_dataset, processor, args, encoder_lr_scale, callbacks)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
-        restore_weights(trainer.model, trainer.state.best_model_checkpoint)
-    metrics = {"train_loss": result.training_loss}
+    if checkpoint is not None and is_finished(checkpoint, args):
+        metrics = restore_finished(trainer, checkpoint)
+    else:
+        metrics = {"train_loss": trainer.train(resume_from_checkpoint=checkpoint).training_loss}
+        if args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+            restore_weights(trainer.model, trainer.state.best_model_checkpoint)
     if eval_dataset is not None:
         evaluated = trainer.evaluate()
         metrics |= {name.removeprefix("eval_"): value for name, value in evaluated.items()}
