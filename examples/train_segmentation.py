@@ -1,7 +1,7 @@
 """Train a segmentation model on a folder of images or a dataset of the Hub.
 
     python examples/train_segmentation.py --tiny
-    python examples/train_segmentation.py --data cells/ --size 256 256 --encoder facebook/dinov2-small --mode lora --steps 2000
+    python examples/train_segmentation.py --data cells/ --encoder facebook/dinov2-small --mode lora --steps 2000
 
 A folder holds `train/` and `val/`, each with `image/` and `label/`, and perhaps `meta.json` with the class names.
 A killed run goes on with the same command and `--resume`, and ends with the same weights.
@@ -45,7 +45,8 @@ class Arguments:
 def main() -> dict[str, float]:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     if args.tiny:
-        args.layers, args.size, args.steps, args.eval_every, args.batch_size, args.workers = [1, 2], [32, 32], 20, 10, 4, 0
+        args.layers, args.size, args.batch_size, args.workers = [1, 2], [32, 32], 4, 0
+        args.steps, args.eval_every = 20, 10
     elif not args.data:
         raise SystemExit("--data is missing: give a folder, the id of a dataset, or --tiny")
     set_seed(args.seed)
@@ -85,6 +86,7 @@ def main() -> dict[str, float]:
     )
     if args.mode == "lora":
         from peft import get_peft_model
+
         from vitweave.training.lora import lora_config
 
         model = get_peft_model(model, lora_config(model, preset="cls"))

@@ -210,7 +210,13 @@ def test_every_weight_gets_a_finite_gradient_also_with_checkpointing(subject):
             torch.testing.assert_close(actual[name], grad, atol=1e-6, rtol=1e-5)
 
 
-@every_subject
+QUICK = ("model", "segmenter-linear")  # the others take their turn in the slow tier
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [pytest.param(s, id=n, marks=() if n in QUICK else pytest.mark.slow) for n, s in SUBJECTS.items()],
+)
 def test_compiles_in_one_graph(subject):
     model = subject.build()
     torch.compiler.reset()

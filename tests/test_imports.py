@@ -20,6 +20,9 @@ ARROWS = {
     "modeling": {"configuration"},
     "training": {"configuration", "modeling", "processing"},
 }
+# push_to_hub(with_code=True) is a method of the models; its import waits inside the method
+DOORS = {"modeling/pretrained.py": {"vitweave.hub.export"}}
+PRINTING = ("cli.py", "cli_specialize.py", "command.py")  # what stands behind the `vitweave` command
 # folders whose files know nothing of each other; only their registry.py may import them all
 FAMILIES = ("heads", "layer_fusion", "encoder_fusion", "modality_fusion")
 SHARED = ("base", "registry", "__init__")
@@ -56,7 +59,9 @@ def wrong_arrows(path: Path, tree: ast.Module) -> list[str]:
     if part(path) not in ARROWS:
         return []  # __init__, auto, hub, analysis and cli stand on top
     allowed = ARROWS[part(path)] | {part(path)}
-    return [name for name in own_imports(tree) if name.partition(".")[2].split(".")[0] not in allowed]
+    doors = DOORS.get(path.relative_to(ROOT / "vitweave").as_posix(), set())
+    names = [name for name in own_imports(tree) if name not in doors]
+    return [name for name in names if name.partition(".")[2].split(".")[0] not in allowed]
 
 
 def sibling_imports(path: Path, tree: ast.Module) -> list[str]:
@@ -146,7 +151,7 @@ def test_no_asserts_prints_or_loose_ends(path):
     assert not forbidden_statements(tree)
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
     prints = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"]
-    assert not prints or part(path) == "cli"
+    assert not prints or path.name in PRINTING
 
 
 @every_file
