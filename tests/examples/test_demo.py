@@ -32,9 +32,9 @@ def test_otsu_finds_the_nuclei_whatever_side_they_are_on(demo):
 
 
 def test_otsu_baseline_on_the_test_images(demo):
-    samples = list(demo.FolderSamples(demo.CELLS / "test"))
+    samples = demo.read("test")
     assert len(samples) == 60
-    baseline = demo.score([demo.otsu(sample["image"]) for sample in samples], samples)
+    baseline = demo.score([demo.otsu(sample["picture"]) for sample in samples], samples)
     assert baseline["mean_iou"] == pytest.approx(0.6427, abs=1e-4)
 
 
