@@ -179,7 +179,7 @@ def main() -> None:
         training_data="104 microscopy images of the 2018 Data Science Bowl (BBBC038, CC0), in examples/data/cells.",
         training_command="make demo",
         metrics=[CardMetric("mean_iou", result["mean_iou"], "make demo", "examples/data/cells", "mIoU", "test")],
-        limitations=f"Wants full contrast and bright nuclei (`even_out` in examples/demo.py) in windows of {WINDOW} pixels.",
+        limitations=f"Wants bright nuclei (`even_out` in examples/demo.py) and windows of {WINDOW} pixels.",
     )
     export(model, args.out / "export", processor, card)
 
