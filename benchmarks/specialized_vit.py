@@ -2,7 +2,7 @@
 
     python benchmarks/specialized_vit.py [--rounds 15] [--sizes small base]
 
-Norms everywhere and QKV in the first third are specialised; 224 px, batch 8, two threads, SDPA. "plain" is our own class
+Norms everywhere, QKV in the first third; 224 px, batch 8, two threads, SDPA. "plain" is our own class
 with nothing specialised: it separates the cost of the [CLS] rows from what our blocks save elsewhere.
 """
 

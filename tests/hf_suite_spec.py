@@ -9,15 +9,20 @@ from unittest import mock
 
 import torch
 from hf_model_suite import ModelSuiteSpec
-from transformers import BitImageProcessorPil
+from transformers import BitImageProcessorPil, Dinov2Config
+from transformers.utils import is_torchvision_available
 
 import vitweave  # noqa: F401  (registers the classes)
+from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_specialized_vit import (
     SpecializedViTBackbone,
     SpecializedViTForImageClassification,
     SpecializedViTModel,
 )
+from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
+from vitweave.processing.image_processing_segmentation import SegmentationImageProcessor
 
 SIZE = {"height": 30, "width": 30}
 TINY_VIT = {
@@ -44,7 +49,8 @@ def mismatched_shapes_with_switches(self):
 
     def small_init(config):
         config = copy.deepcopy(config)
-        config.initializer_range = 1e-10
+        if hasattr(config, "initializer_range"):
+            config.initializer_range = 1e-10
         return config
 
     with mock.patch.object(common, "_config_zero_init", small_init):
@@ -80,6 +86,38 @@ def specialized_vit(name: str, skips: dict | None = None, **changes) -> ModelSui
     )
 
 
+def dense_predictor(name: str, backbone, head_type: str) -> ModelSuiteSpec:
+    skips = {"test_correct_missing_keys": "the folder of a backbone has no head's config; from_backbone opens that"}
+    processors = {"torchvision": SegmentationImageProcessor} if is_torchvision_available() else {}
+    if not processors:
+        skips["test_new_models_require_torchvision_backend"] = "torchvision is not installed"
+        skips["test_image_processor_save_load_with_autoimageprocessor"] = "at 5.13 this one needs torchvision"
+    return ModelSuiteSpec(
+        name=name,
+        config_class=DensePredictorConfig,
+        make_config=lambda: DensePredictorConfig(backbone_config=backbone(), head_type=head_type, num_labels=3),
+        make_inputs=lambda config: pixels(),
+        other_inputs=lambda config: pixels(2, (42, 24)),
+        model_classes=[DensePredictorForSemanticSegmentation],
+        segmentation_classes=[DensePredictorForSemanticSegmentation],
+        is_composite=True,
+        tester_attrs={"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "image_size": 30}
+        | {"seq_length": 26, "num_masks": 13, "mask_length": 25},
+        config_kwargs={"ignore_index": 7},
+        config_common_properties=["ignore_index"],
+        image_processors={**processors, "pil": SegmentationImageProcessorPil},
+        image_processor_kwargs={"size": {"height": 20, "width": 20}},
+        skips=skips,
+        overrides={"test_can_load_ignoring_mismatched_shapes": mismatched_shapes_with_switches},
+        pipelines={"image-segmentation": DensePredictorForSemanticSegmentation},
+    )
+
+
+def tiny_dinov2() -> Dinov2Config:
+    options = {name: value for name, value in TINY_VIT.items() if name != "attn_implementation"}
+    return Dinov2Config(**options, out_indices=[1, 2])
+
+
 def specs() -> list[ModelSuiteSpec]:
     return [
         specialized_vit("specialized_vit"),
@@ -93,4 +131,6 @@ def specs() -> list[ModelSuiteSpec]:
             proj_blocks="none",
             mlp_blocks="none",
         ),
+        dense_predictor("dense_predictor", lambda: tiny_vit(out_indices=[1, 2]), "linear"),
+        dense_predictor("dense_predictor_dinov2", tiny_dinov2, "mlp"),
     ]

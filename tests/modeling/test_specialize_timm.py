@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
 
 from vitweave.modeling.modeling_specialized_vit import (
     SpecializedViTBackbone,
@@ -15,6 +14,8 @@ from vitweave.modeling.modeling_specialized_vit import (
 pytestmark = [pytest.mark.torchvision, pytest.mark.slow]
 pytest.importorskip("torchvision", reason="needs torchvision")
 pytest.importorskip("timm", reason="needs timm")
+
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel  # noqa: E402
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "dynamic_img_size": True}
 HOSTS = {
