@@ -33,10 +33,27 @@ ID2LABEL = {0: "background", 1: "nucleus", 2: "boundary"}
 WINDOW = 64  # pixels; what the model sees at once
 
 
+def otsu_threshold(grey: np.ndarray) -> float:
+    """The grey value that parts a picture into the two classes with the largest variance between them (Otsu, 1979)."""
+    share = np.bincount(grey.ravel(), minlength=256) / grey.size
+    below, mean_below = share.cumsum(), (share * np.arange(256)).cumsum()
+    between = (mean_below[-1] * below - mean_below) ** 2 / np.maximum(below * (1 - below), 1e-12)
+    return between.argmax() + 0.5
+
+
 def even_out(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Full contrast and bright nuclei: fluorescence is dark with bright nuclei, stained tissue the other way round."""
-    picture = ImageOps.autocontrast(picture.convert("RGB"), cutoff=0.5)
-    return ImageOps.invert(picture) if np.median(picture) > 127 else picture
+    """Grey values on the picture's own scale, 0 = background and 1 = threshold, as root, plain and logarithm.
+
+    Exposure differs a hundredfold between the pictures; stained tissue is bright, with dark nuclei.
+    """
+    grey = np.asarray(picture.convert("L"))
+    threshold = otsu_threshold(grey)
+    grey, threshold = (255 - grey, 255 - threshold) if (grey > threshold).mean() > 0.5 else (grey, threshold)
+    background = np.median(grey[grey < threshold])
+    scaled = ((grey - background) / (threshold - background)).clip(-1, 6)
+    root, plain, log = np.sign(scaled) * np.abs(scaled) ** 0.5, scaled.clip(-1, 2), np.log1p(scaled.clip(0))
+    channels = [(root + 1) / 3.45, (plain + 1) / 3, log / 1.95]  # each from 0 to 1
+    return PIL.Image.fromarray((255 * np.stack(channels, axis=-1)).round().astype(np.uint8))
 
 
 def read(split: str) -> list[dict]:
@@ -48,10 +65,7 @@ def read(split: str) -> list[dict]:
 def otsu(picture: PIL.Image.Image) -> np.ndarray:
     """The baseline without learning: threshold the grey values, take the smaller side for nuclei."""
     grey = np.asarray(picture.convert("L"))
-    share = np.bincount(grey.ravel(), minlength=256) / grey.size
-    below, mean_below = share.cumsum(), (share * np.arange(256)).cumsum()
-    between = (mean_below[-1] * below - mean_below) ** 2 / np.maximum(below * (1 - below), 1e-12)  # class variance
-    nucleus = grey > between.argmax()
+    nucleus = grey > otsu_threshold(grey)
     nucleus = ~nucleus if nucleus.mean() > 0.5 else nucleus  # stained tissue is bright, with dark nuclei
     inner, outer = ~grown(~nucleus), grown(nucleus)  # one pixel inside and one outside: the best rim on the train part
     return np.where(inner, 1, np.where(outer, 2, 0))
@@ -119,22 +133,33 @@ def write_report(path: Path, model, processor, samples: list[dict], predictions:
     for sample, prediction, pca in zip(samples, predictions, maps, strict=True):
         pca = PIL.Image.fromarray((pca * 255).byte().numpy()).resize(sample["image"].size, PIL.Image.Resampling.NEAREST)
         truth = colour_classes(np.array(sample["label"]), colours)
-        rows.append(np.hstack([sample["picture"].convert("RGB"), truth, colour_classes(prediction, colours), pca]))
+        picture = ImageOps.autocontrast(sample["picture"].convert("RGB"), cutoff=0.1)  # most are nearly black
+        rows.append(np.hstack([picture, truth, colour_classes(prediction, colours), pca]))
     PIL.Image.fromarray(np.vstack(rows)).save(path)
+
+
+def start_afresh(folder: Path) -> None:
+    """Empty the folder of an earlier demo; refuse one that holds anything else."""
+    mark = folder / ".vitweave-demo"
+    if folder.exists() and any(folder.iterdir()) and not mark.exists():
+        raise SystemExit(f"{folder} holds other files, which the demo would delete; give a new folder with --out")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    mark.touch()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder that is replaced by the results")
     parser.add_argument("--encoder", help="start from this vanilla ViT (folder or Hub id) instead of from scratch")
-    parser.add_argument("--steps", type=int, help="default: 2000 from scratch, 200 from an encoder")
+    parser.add_argument("--steps", type=int, help="default: 1800 from scratch, 200 from an encoder")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--tiny", action="store_true", help="two steps on a few images")
     args = parser.parse_args()
-    steps = 2 if args.tiny else args.steps or (200 if args.encoder else 2000)
+    steps = 2 if args.tiny else args.steps or (200 if args.encoder else 1800)
     set_seed(0)
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    shutil.rmtree(args.out, ignore_errors=True)
+    start_afresh(args.out)
 
     # 1. A specialised ViT under a head with one score per pixel
     backbone = make_backbone(args.encoder)
@@ -150,7 +175,9 @@ def main() -> None:
 
     # 2. Images and masks: random windows, flipped and turned
     train, val, test = (read(split)[: 3 if args.tiny else None] for split in SPLITS)
-    processor = SegmentationImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = SegmentationImageProcessorPil(
+        do_resize=False, image_mean=[0.49, 0.57, 0.26], image_std=[0.19, 0.22, 0.34]
+    )
     windows = SegmentationAugmentation(round(WINDOW * zoom), scale=(zoom, zoom), vertical_flip=0.5, rotate=True)
 
     # 3. Train, with the stock Trainer and its progress bar
@@ -162,7 +189,7 @@ def main() -> None:
         max_steps=steps,
         learning_rate=args.learning_rate,
         encoder_lr_scale=0.05 if args.encoder else 1.0,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=8,
         save_strategy="no",
         logging_steps=100,
         dataloader_pin_memory=False,
