@@ -68,6 +68,21 @@ def test_drop_path_is_shared_by_the_roles_of_a_sample():
     assert 0 < moved.all(dim=1).sum() < 64
 
 
+@pytest.mark.parametrize("options", [{}, {"cls_rank": 2}])
+def test_backward_hooks_may_sit_on_any_layer(options):
+    plain, hooked = tiny(**options), tiny(**options)
+    fired = []
+    for name, module in hooked.named_modules():
+        if not list(module.children()):
+            module.register_full_backward_hook(lambda *args, name=name: fired.append(name))
+    for model in (plain, hooked):
+        model(PIXELS).last_hidden_state.square().sum().backward()
+    assert "encoder.layer.0.attention.q_proj" in fired and "encoder.layer.0.norm1" in fired
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in hooked.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name])
+
+
 def test_patches_alone_decide_in_class_attention():
     model = tiny(class_attention_layers=2, class_attention_scale=1.0)
     states = model(PIXELS, output_hidden_states=True)

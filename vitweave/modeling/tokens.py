@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 
 def split_prefix(tokens: Tensor, num_cls: int, num_registers: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,13 +73,21 @@ def by_role(parent: nn.Module, name: str, num_cls_rows: int, *inputs: Tensor) ->
     output = getattr(parent, name)(*inputs)
     twin = getattr(parent, f"{name}_cls", None)
     if twin is not None:
-        rows = leading_rows(inputs, num_cls_rows)
-        output[:, :num_cls_rows] = twin(*rows)[:, :num_cls_rows].to(output.dtype)
-        return output
+        return overwrite_rows(output, twin(*leading_rows(inputs, num_cls_rows))[:, :num_cls_rows])
     up = getattr(parent, f"{name}_cls_up", None)
     if up is not None:
         down = getattr(parent, f"{name}_cls_down", None) or parent.qkv_cls_down
-        output[:, :num_cls_rows] += parent.cls_scale * up(down(inputs[0][:, :num_cls_rows]))
+        update = parent.cls_scale * up(down(inputs[0][:, :num_cls_rows]))
+        return overwrite_rows(output, output[:, :num_cls_rows] + update)
+    return output
+
+
+def overwrite_rows(output: Tensor, rows: Tensor) -> Tensor:
+    """Put `rows` (batch, n, hidden) in the place of the first n rows of `output` (batch, tokens, hidden)."""
+    if not torch.compiler.is_compiling() and isinstance(output.grad_fn, BackwardCFunction):
+        # behind a backward hook or another custom function autograd forbids writing in place
+        return torch.cat((rows.to(output.dtype), output[:, rows.shape[1] :]), dim=1)
+    output[:, : rows.shape[1]] = rows.to(output.dtype)
     return output
 
 
