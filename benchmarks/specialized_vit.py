@@ -60,16 +60,17 @@ def measure(name: str, size: dict, rounds: int) -> list[dict]:
     torch.manual_seed(0)
     pixels, made, rows = torch.randn(8, 3, 224, 224), models(size), []
     seconds = interleaved({key: forward(model.eval(), pixels) for key, model in made.items()}, rounds)
-    for peer in ("transformers", "plain"):
-        rows.append(row(f"ViT-{name} forward / {peer}", ratio(seconds, "specialised", peer), "<= 1.02"))
+    rows.append(row(f"ViT-{name} forward / transformers", ratio(seconds, "specialised", "transformers"), "<= 1.02"))
+    rows.append(row(f"ViT-{name} forward / plain", ratio(seconds, "specialised", "plain")))
     compiled = {key: forward(torch.compile(model.eval()), pixels) for key, model in made.items() if key != "plain"}
     seconds = interleaved(compiled, rounds)
     rows.append(
         row(f"ViT-{name} compiled forward / transformers", ratio(seconds, "specialised", "transformers"), "<= 1.02")
     )
     seconds = interleaved({key: forward_backward(model.train(), pixels) for key, model in made.items()}, rounds)
-    for peer in ("transformers", "plain"):
-        rows.append(row(f"ViT-{name} forward + backward / {peer}", ratio(seconds, "specialised", peer), "<= 1.03"))
+    both = f"ViT-{name} forward + backward"
+    rows.append(row(f"{both} / transformers", ratio(seconds, "specialised", "transformers"), "<= 1.03"))
+    rows.append(row(f"{both} / plain", ratio(seconds, "specialised", "plain")))
     classes = {"specialised": "SpecializedViTModel(SpecializedViTConfig", "transformers": "Dinov2Model(Dinov2Config"}
     peaks = {key: peak_memory(MEMORY.format(model=text, size=size)) for key, text in classes.items()}
     rows.append(
@@ -95,11 +96,7 @@ def early_stop(rounds: int) -> list[dict]:
     seconds = interleaved(runs, rounds)
     return [
         row("backbone, layer 3 of 12 / own full forward", ratio(seconds, "ours-3", "ours-12"), "<= 0.30"),
-        row(
-            "transformers' backbone, layer 3 / full (for comparison)",
-            ratio(seconds, "transformers-3", "transformers-12"),
-            ">= 0",
-        ),
+        row("transformers' backbone, layer 3 / full", ratio(seconds, "transformers-3", "transformers-12")),
         row("our layer 3 / transformers' layer 3", ratio(seconds, "ours-3", "transformers-3"), "<= 0.30"),
     ]
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+HELD = {True: "yes", False: "NO", None: ""}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -46,7 +47,7 @@ def write_results(name: str, rows: list[dict]) -> None:
     width = max(len(row["what"]) for row in rows)
     print(f"{'what':{width}}  {'ratio':>7}  {'demand':>8}  held")
     for row in rows:
-        print(f"{row['what']:{width}}  {row['ratio']:7.3f}  {row['demand']:>8}  {'yes' if row['held'] else 'NO'}")
+        print(f"{row['what']:{width}}  {row['ratio']:7.3f}  {row['demand']:>8}  {HELD[row['held']]}")
     device = "CPU, " + (platform.processor() or platform.machine())
     versions = {
         "python": platform.python_version(),
@@ -58,8 +59,10 @@ def write_results(name: str, rows: list[dict]) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
-def row(what: str, value: float, demand: str) -> dict:
-    """One line of a table; demand is like "<= 1.02" or ">= 10"."""
+def row(what: str, value: float, demand: str = "") -> dict:
+    """One line of a table; demand is like "<= 1.02" or ">= 10", or "" for a figure that stands there for comparison."""
+    if not demand:
+        return {"what": what, "ratio": round(value, 4), "demand": "", "held": None}
     sign, limit = demand.split()
     held = value <= float(limit) if sign == "<=" else value >= float(limit)
     return {"what": what, "ratio": round(value, 4), "demand": demand, "held": held}
