@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import tests/helpers.py
+sys.path.insert(0, str(Path(__file__).parent))  # tests import toy_composite.py and model_checks.py from here
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 LOOPBACK = ("127.", "::1", "localhost")
