@@ -1,6 +1,6 @@
 """Cost of specialisation: time and memory against the vanilla model of transformers, in one interleaved run.
 
-    python benchmarks/specialized_vit.py [--rounds 15] [--sizes small base]
+    python benchmarks/specialized_vit.py [--rounds 9] [--sizes small base]
 
 Norms everywhere, QKV in the first third; 224 px, batch 8, two threads, SDPA. "plain" is our own class
 with nothing specialised: it separates the cost of the [CLS] rows from what our blocks save elsewhere.
@@ -103,12 +103,13 @@ def early_stop(rounds: int) -> list[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     args = parser.parse_args()
     torch.set_num_threads(2)
-    rows = [found for name in args.sizes for found in measure(name, SIZES[name], args.rounds)]
-    write_results("specialized_vit", rows + early_stop(args.rounds))
+    for name in args.sizes:
+        write_results(f"specialized_vit_{name}", measure(name, SIZES[name], args.rounds))
+    write_results("early_stop", early_stop(args.rounds))
 
 
 if __name__ == "__main__":
