@@ -61,6 +61,7 @@ def write_results(name: str, rows: list[dict]) -> None:
 
 def row(what: str, value: float, demand: str = "") -> dict:
     """One line of a table; demand is like "<= 1.02" or ">= 10", or "" for a figure that stands there for comparison."""
+    value = float(value)  # also of a NumPy number
     if not demand:
         return {"what": what, "ratio": round(value, 4), "demand": "", "held": None}
     sign, limit = demand.split()
