@@ -319,8 +319,8 @@ def test_image_segmentation_pipeline():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.zeros(2, 4, 32, 32), "images of 3 channels, got 4"),
-        (torch.zeros(2, 3, 32, 7), "at least one patch, 8x8 pixels, got 32x7"),
+        (torch.zeros(2, 4, 32, 32), "expected 3 image channels, got 4"),
+        (torch.zeros(2, 3, 32, 7), "32x7 pixels is smaller than one patch of 8x8"),
         (torch.zeros(3, 32, 32), r"got \(3, 32, 32\); a single image needs"),
     ],
 )

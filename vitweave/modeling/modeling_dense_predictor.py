@@ -2,7 +2,6 @@
 
 from dataclasses import fields
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -10,11 +9,13 @@ from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutpu
 from transformers.utils.generic import can_return_tuple
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.configuration.configuration_specialized_vit import as_pair
 from vitweave.modeling.heads.base import ProbeConv
 from vitweave.modeling.heads.registry import SEGMENTATION_HEADS, build_segmentation_head
 from vitweave.modeling.losses import SegmentationLoss
 from vitweave.modeling.own_models import build_backbone
 from vitweave.modeling.pretrained import VitweavePreTrainedModel
+from vitweave.modeling.vit_embeddings import check_pixel_values
 
 
 class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
@@ -107,7 +108,12 @@ class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
 
     def run_backbone(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
         """The backbone's output, with every feature map (batch, channels, height, width)."""
-        check_pixel_values(pixel_values, self.config.backbone_config)
+        patch_size = getattr(self.config.backbone_config, "patch_size", None)
+        check_pixel_values(
+            pixel_values,
+            getattr(self.config.backbone_config, "num_channels", None),
+            None if patch_size is None else as_pair(patch_size),
+        )
         outputs = self.backbone.forward_with_filtered_kwargs(pixel_values, **kwargs)
         for feature_map in outputs.feature_maps:
             if feature_map.ndim != 4:
@@ -153,27 +159,4 @@ class DensePredictorForSemanticSegmentation(DensePredictorPreTrainedModel):
         loss = None if labels is None else self.criterion(logits, labels)
         return SemanticSegmenterOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-
-def check_pixel_values(pixel_values: Tensor, backbone_config) -> None:
-    """Refuse images that are no batch, have other channels than the backbone, or are smaller than its patch."""
-    if pixel_values.ndim != 4:
-        raise ValueError(
-            f"expected pixel_values (batch, channels, height, width), got {tuple(pixel_values.shape)};"
-            " a single image needs pixel_values[None]"
-        )
-    num_channels = getattr(backbone_config, "num_channels", None)
-    if num_channels is not None and pixel_values.shape[1] != num_channels:
-        raise ValueError(f"expected images of {num_channels} channels, got {pixel_values.shape[1]}")
-    if torch.compiler.is_compiling():  # a comparison would pin down the sizes of an exported graph
-        return
-    patch_size = getattr(backbone_config, "patch_size", None)
-    patch = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-    if patch is None:
-        return
-    height, width = pixel_values.shape[-2:]
-    if height < patch[0] or width < patch[1]:
-        raise ValueError(
-            f"expected images of at least one patch, {patch[0]}x{patch[1]} pixels, got {height}x{width}; resize them"
         )

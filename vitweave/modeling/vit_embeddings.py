@@ -26,18 +26,21 @@ class PatchEmbeddings(nn.Module):
         return self.projection(pixel_values.to(self.projection.weight.dtype))
 
 
-def check_pixel_values(pixel_values: Tensor, num_channels: int, patch_size: tuple[int, int]):
-    """Refuse images that the patch embedding cannot take."""
+def check_pixel_values(pixel_values: Tensor, num_channels: int | None, patch_size: tuple[int, int] | None):
+    """Refuse images that are no batch, have other channels, or are smaller than a patch; None leaves a check out."""
     if pixel_values.ndim != 4:
         raise ValueError(
-            f"expected pixel_values (batch, channels, height, width), got shape {tuple(pixel_values.shape)}"
+            f"expected pixel_values (batch, channels, height, width), got {tuple(pixel_values.shape)};"
+            " a single image needs pixel_values[None]"
         )
     channels, height, width = pixel_values.shape[1:]
-    if channels != num_channels:
+    if num_channels is not None and channels != num_channels:
         raise ValueError(
             f"expected {num_channels} image channels, got {channels} in pixel_values {tuple(pixel_values.shape)};"
             " convert the images (e.g. to RGB) or build the model with num_channels to match"
         )
+    if patch_size is None or torch.compiler.is_compiling():  # comparing would pin down the sizes of an exported graph
+        return
     if height < patch_size[0] or width < patch_size[1]:
         raise ValueError(
             f"the image of {height}x{width} pixels is smaller than one patch of {patch_size[0]}x{patch_size[1]};"
