@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer
 
 from vitweave.training.metrics import ConfusionMatrix, SegmentationMetrics, predicted_classes
-from vitweave.training.segmentation import segmentation_arguments
+from vitweave.training.runs import run_arguments
 
 NUM_LABELS, SIZE, IMAGES, ROUNDS, IN_TURN = 150, 512, 500, 5, 5
 
@@ -120,9 +120,8 @@ def measure_memory() -> list[dict]:
 
     memory = Memory()
     with tempfile.TemporaryDirectory() as folder:
-        args = segmentation_arguments(
-            folder, per_device_eval_batch_size=4, disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False
-        )
+        options = {"disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
+        args = run_arguments(folder, "mean_iou", per_device_eval_batch_size=4, **options)
         Trainer(
             OneConvolution(),
             args,

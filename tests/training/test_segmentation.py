@@ -19,7 +19,8 @@ from vitweave.configuration.configuration_specialized_vit import SpecializedViTC
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.processing.augmentation import SegmentationAugmentation
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
-from vitweave.training.segmentation import segmentation_arguments, train_segmentation
+from vitweave.training.runs import run_arguments
+from vitweave.training.segmentation import train_segmentation
 from vitweave.training.segmentation_data import SegmentationDataset
 from vitweave.training.synthetic_shapes import SyntheticShapes
 
@@ -80,7 +81,7 @@ def test_the_best_checkpoint_is_returned_and_a_fresh_load_equals_it(tmp_path):
     fresh = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in fresh.state_dict().items())
     again = Trainer(
-        fresh, segmentation_arguments(tmp_path, **FEW_STEPS), eval_dataset=data(3, augmented=False, seed=1)
+        fresh, run_arguments(tmp_path, "mean_iou", **FEW_STEPS), eval_dataset=data(3, augmented=False, seed=1)
     ).predict(data(3, augmented=False, seed=1))
     assert again.predictions.shape == (3, 3, 32, 32)
     assert SegmentationImageProcessorPil.from_pretrained(tmp_path).size["height"] == 32
