@@ -1,4 +1,4 @@
-"""What the recipes share: arguments of the stock Trainer, the Trainer itself, and runs that go on where they stopped."""
+"""What the recipes share: arguments of the stock Trainer, the Trainer itself, and runs that go on where they broke."""
 
 from collections.abc import Callable
 from pathlib import Path
