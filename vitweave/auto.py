@@ -19,10 +19,12 @@ from vitweave.modeling.modeling_specialized_vit import (
     SpecializedViTForImageClassification,
     SpecializedViTModel,
 )
+from vitweave.processing.image_processing_depth import DepthImageProcessor
+from vitweave.processing.image_processing_pil_depth import DepthImageProcessorPil
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
 from vitweave.processing.image_processing_segmentation import SegmentationImageProcessor
 
-# config class, {Auto class: model class}, image processors by backend (None: the host's own processor is kept)
+# config class, {Auto class: model class}, image processors by backend, one dict per task (None: the host's own is kept)
 FAMILIES = (
     (
         SpecializedViTConfig,
@@ -36,7 +38,10 @@ FAMILIES = (
     (
         DensePredictorConfig,
         {AutoModelForSemanticSegmentation: DensePredictorForSemanticSegmentation},
-        {"torchvision": SegmentationImageProcessor, "pil": SegmentationImageProcessorPil},
+        (
+            {"torchvision": SegmentationImageProcessor, "pil": SegmentationImageProcessorPil},
+            {"torchvision": DepthImageProcessor, "pil": DepthImageProcessorPil},
+        ),
     ),
 )
 
@@ -47,5 +52,8 @@ def register():
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         for auto_class, model_class in models.items():
             auto_class.register(config_class, model_class, exist_ok=True)
-        if image_processors is not None:
-            AutoImageProcessor.register(config_class, image_processor_classes=image_processors, exist_ok=True)
+        for index, by_backend in enumerate(image_processors or ()):
+            # A saved processor is looked up by its class name among all that is registered; what stands as the key only
+            # serves folders that name no class, and those get the first.
+            key = config_class if index == 0 else by_backend["torchvision"]
+            AutoImageProcessor.register(key, image_processor_classes=by_backend, exist_ok=True)

@@ -26,6 +26,7 @@ from vitweave.hub.card import CardInfo
 from vitweave.hub.export import export, load_card, load_model, load_processor, push_to_hub_with_code, random_image
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification, SpecializedViTModel
+from vitweave.processing.image_processing_pil_depth import DepthImageProcessorPil
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "num_labels": 3}
@@ -93,6 +94,20 @@ def test_a_composite_brings_its_parts_and_both_image_processors(tmp_path):
     }
     assert {f"{reference.partition('.')[0]}.py" for reference in auto_map["AutoImageProcessor"].values()} < files
     assert type(load_processor(folder)).__name__.startswith("SegmentationImageProcessor")
+
+
+@pytest.mark.slow
+def test_the_processor_of_the_second_task_travels_too(tmp_path):
+    """Both backends load from the folder's own code in the clean process that checks it; here the own class does."""
+    folder = export(segmenter(), tmp_path / "out", DepthImageProcessorPil(size=28, depth_scale=0.001))
+    auto_map = json.loads((folder / "preprocessor_config.json").read_text())["auto_map"]["AutoImageProcessor"]
+    assert auto_map == {
+        "torchvision": "image_processing_depth.DepthImageProcessor",
+        "pil": "image_processing_pil_depth.DepthImageProcessorPil",
+    }
+    assert (folder / "depth_steps.py").exists() and not (folder / "segmentation_steps.py").exists()
+    assert type(load_processor(folder)).__name__.startswith("DepthImageProcessor")
+    assert load_processor(folder).depth_scale == 0.001
 
 
 def test_a_foreign_auto_map_is_replaced(tmp_path):

@@ -35,7 +35,7 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     from toyweave.processing.image_processing_pil_toy import ToyImageProcessorPil
 
-    row = (ViTConfig, {}, {"torchvision": None, "pil": ToyImageProcessorPil})
+    row = (ViTConfig, {}, ({"torchvision": None, "pil": ToyImageProcessorPil},))
     monkeypatch.setattr(families_module, "FAMILIES", (*families_module.FAMILIES, row))
     yield folder
     for name in [name for name in sys.modules if name.partition(".")[0] == "toyweave"]:
@@ -48,6 +48,16 @@ def test_both_backends_are_published_where_only_one_is_installed(toy):
         "torchvision": "toyweave.processing.image_processing_toy.ToyImageProcessor",
         "pil": "toyweave.processing.image_processing_pil_toy.ToyImageProcessorPil",
     }
+
+
+@pytest.mark.parametrize("task", ["segmentation", "depth"])
+def test_processors_of_every_task_are_published_and_opened(task):
+    name = f"{task.title()}ImageProcessor"
+    expected = {
+        "torchvision": f"vitweave.processing.image_processing_{task}.{name}",
+        "pil": f"vitweave.processing.image_processing_pil_{task}.{name}Pil",
+    }
+    assert processor_references(find_processor_class(name)()) == expected
 
 
 def test_a_processor_of_one_backend_is_published_alone(toy):

@@ -18,7 +18,7 @@ class Family:
 
     config_class: type[PreTrainedConfig]
     models: dict[str, type[PreTrainedModel]]
-    processors: dict[str, type | None]
+    processors: tuple[dict[str, type | None], ...]  # by backend, one dict per task
 
     @property
     def package(self) -> str:
@@ -31,7 +31,7 @@ def families() -> dict[str, Family]:
     found = {}
     for config_class, models, processors in FAMILIES:
         by_name = {getattr(auto, "__name__", auto): model for auto, model in models.items()}
-        found[config_class.model_type] = Family(config_class, by_name, dict(processors or {}))
+        found[config_class.model_type] = Family(config_class, by_name, tuple(processors or ()))
     return found
 
 
@@ -55,6 +55,11 @@ def auto_class_of(model: PreTrainedModel, family: Family) -> str:
     raise ValueError(f"expected one of the classes {expected}, got {type(model).__module__}.{type(model).__name__}")
 
 
+def own_processors() -> list[dict[str, type | None]]:
+    """The image processors of all families, by backend."""
+    return [by_backend for family in families().values() for by_backend in family.processors]
+
+
 def processor_references(processor: object) -> dict[str, str]:
     """backend -> "module.Class" for an own image processor, empty for one of transformers itself.
 
@@ -63,8 +68,8 @@ def processor_references(processor: object) -> dict[str, str]:
     kind = type(processor)
     if kind.__module__.startswith("transformers."):
         return {}
-    for family in families().values():
-        classes = {backend: cls for backend, cls in family.processors.items() if cls is not None}
+    for by_backend in own_processors():
+        classes = {backend: cls for backend, cls in by_backend.items() if cls is not None}
         if kind not in classes.values():
             continue
         found = {backend: f"{cls.__module__}.{cls.__name__}" for backend, cls in classes.items()}
@@ -83,7 +88,7 @@ def find_processor_class(named: str | None) -> type[ImageProcessingMixin]:
 
     Both backends are saved under the name of the torchvision class; the other one is called `...Pil`.
     """
-    own = {cls.__name__: cls for family in families().values() for cls in family.processors.values() if cls is not None}
+    own = {cls.__name__: cls for by_backend in own_processors() for cls in by_backend.values() if cls is not None}
     base = str(named).removesuffix("Fast").removesuffix("Pil")
     for name in (base, f"{base}Pil") if is_torchvision_available() else (f"{base}Pil", base):
         found = own.get(name) or getattr(transformers, name, None)

@@ -4,8 +4,8 @@ import numpy as np
 import PIL.Image
 from PIL import ImageEnhance
 
+from vitweave.processing.image_steps import picture_to_rgb
 from vitweave.processing.label_maps import read_label_map, resize_nearest
-from vitweave.processing.segmentation_steps import picture_to_rgb
 
 
 def jitter_colours(image: PIL.Image.Image, rng: np.random.Generator, strength: float) -> PIL.Image.Image:

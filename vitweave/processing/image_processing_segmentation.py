@@ -1,51 +1,13 @@
 """Segmentation images and masks to tensors, with torchvision."""
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_utils import PILImageResampling
-from transformers.utils import is_torchvision_available
-
-from vitweave.processing.segmentation_steps import (
-    SegmentationImageProcessorKwargs,
-    SegmentationSteps,
-    channels_first,
-    check_channels,
-)
+from vitweave.processing.segmentation_steps import SegmentationImageProcessorKwargs, SegmentationSteps
+from vitweave.processing.torchvision_steps import TorchvisionSteps
 
 
-class SegmentationImageProcessor(SegmentationSteps, TorchvisionBackend):
+class SegmentationImageProcessor(SegmentationSteps, TorchvisionSteps):
     """Image and mask to `pixel_values` and `labels`; `SegmentationImageProcessorPil` does so without torchvision."""
 
     valid_kwargs = SegmentationImageProcessorKwargs
-    resample = PILImageResampling.BILINEAR
-
-    def __init__(self, **kwargs):
-        if not is_torchvision_available():
-            raise ImportError(
-                "SegmentationImageProcessor needs torchvision, which is not installed; use "
-                "SegmentationImageProcessorPil or AutoImageProcessor.from_pretrained(..., backend='pil')"
-            )
-        super().__init__(**kwargs)
-
-    def process_image(
-        self, image, do_convert_rgb=None, input_data_format=None, device=None, channels=None, **kwargs
-    ) -> Tensor:
-        device = device or getattr(image, "device", None)
-        image = torch.from_numpy(channels_first(image, do_convert_rgb, input_data_format, channels))
-        check_channels(image, channels)
-        return image.to(device)
-
-    def to_pixel_values(
-        self, image: Tensor, do_rescale, rescale_factor, do_normalize, image_mean, image_std, **kwargs
-    ) -> Tensor:
-        return self.rescale_and_normalize(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
-
-    def pad_edges(self, image: Tensor, margins: tuple[int, int, int, int]) -> Tensor:
-        """Zeros around the finished pixel values: top, bottom, left, right."""
-        top, bottom, left, right = margins
-        return F.pad(image, (left, right, top, bottom))
 
 
 __all__ = ["SegmentationImageProcessor", "SegmentationImageProcessorKwargs"]
