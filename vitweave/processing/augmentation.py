@@ -22,6 +22,18 @@ def pad_to_at_least(image: np.ndarray, mask: np.ndarray, size: tuple[int, int], 
     return image, np.pad(mask, missing, constant_values=ignore_index)
 
 
+def random_crop(
+    image: np.ndarray, mask: np.ndarray, size: tuple[int, int] | None, rng: np.random.Generator, ignore_index: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One random window of image (height, width, 3) and mask (height, width), padded with grey where they are smaller."""
+    if size is None:
+        return image, mask
+    image, mask = pad_to_at_least(image, mask, size, fill=128, ignore_index=ignore_index)
+    top, left = (int(rng.integers(length - crop + 1)) for length, crop in zip(mask.shape, size, strict=True))
+    window = (slice(top, top + size[0]), slice(left, left + size[1]))
+    return image[window], mask[window]
+
+
 class SegmentationAugmentation:
     """Random scale, crop, flips, quarter turns and colour jitter, the same for image and mask.
 
@@ -76,19 +88,10 @@ class SegmentationAugmentation:
         image = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
         if self.color_jitter:
             image = jitter_colours(image, rng, self.color_jitter)
-        pixels, mask = self._crop(np.asarray(image), resize_nearest(mask, (height, width)), rng)
+        mask = resize_nearest(mask, (height, width))
+        pixels, mask = random_crop(np.asarray(image), mask, self.crop_size, rng, self.ignore_index)
         pixels, mask = self._turn(pixels, mask, rng)
         return PIL.Image.fromarray(np.ascontiguousarray(pixels)), np.ascontiguousarray(mask)
-
-    def _crop(self, pixels: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        if self.crop_size is None:
-            return pixels, mask
-        pixels, mask = pad_to_at_least(pixels, mask, self.crop_size, fill=128, ignore_index=self.ignore_index)
-        top, left = (
-            int(rng.integers(length - crop + 1)) for length, crop in zip(mask.shape, self.crop_size, strict=True)
-        )
-        window = (slice(top, top + self.crop_size[0]), slice(left, left + self.crop_size[1]))
-        return pixels[window], mask[window]
 
     def _turn(self, pixels: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Flips and quarter turns; every draw is made even if unused, so that one option does not shift the others."""
