@@ -25,7 +25,7 @@ def pad_to_at_least(image: np.ndarray, mask: np.ndarray, size: tuple[int, int], 
 def random_crop(
     image: np.ndarray, mask: np.ndarray, size: tuple[int, int] | None, rng: np.random.Generator, ignore_index: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One random window of image (height, width, 3) and mask (height, width), padded with grey where they are smaller."""
+    """One random window of image (height, width, 3) and mask (height, width), padded where they are smaller."""
     if size is None:
         return image, mask
     image, mask = pad_to_at_least(image, mask, size, fill=128, ignore_index=ignore_index)

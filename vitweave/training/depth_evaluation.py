@@ -56,7 +56,7 @@ def evaluate_depth(
     resizes depth in the processor evaluates at that size.
 
     Args:
-        model: called with pixel_values, returns `.predicted_depth` (batch, height, width); put into eval mode meanwhile.
+        model: called with pixel_values, returns `.predicted_depth` (batch, height, width); in eval mode meanwhile.
         dataset: items {"pixel_values", "labels"}, such as a `DepthDataset` without augmentation.
         device: where to compute; default: where the model is.
         window, stride: see `predict_depth`.

@@ -10,7 +10,7 @@ from torch import Tensor
 from vitweave.training.depth_protocols import DepthProtocol, find_protocol
 
 DEPTH_METRICS = ("abs_rel", "sq_rel", "rmse", "log10", "rmse_log", "silog", "a1", "a2", "a3")
-BLOCK = 16384  # pixels at a time: the handful of buffers then stays in the cache, which is worth a factor of 3
+BLOCK = 65536  # pixels at a time: the handful of buffers then stays in the cache, which is worth a factor of 3
 NUM_SUMS = 10
 
 
