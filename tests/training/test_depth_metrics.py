@@ -139,3 +139,39 @@ def test_predictions_of_another_size_are_resized_or_refused():
     half = DepthMetrics("nyu")
     half.update(labels.bfloat16(), labels)
     assert half.compute()["rmse"] == 0
+
+
+def test_the_trainer_streams_them(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    class Depth(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 1, 2, stride=2)
+
+        def forward(self, pixel_values, labels=None):
+            depth = self.layer(pixel_values)[:, 0].exp()
+            return {"loss": depth.mean(), "predicted_depth": depth, "hidden_states": (pixel_values,)}
+
+    generator = torch.Generator().manual_seed(0)
+    items = [
+        {"pixel_values": torch.randn(3, 16, 24, generator=generator), "labels": torch.ones(16, 24) * index}
+        for index in range(5)
+    ]
+    options = {"batch_eval_metrics": True, "label_names": ["labels"], "report_to": "none", "use_cpu": True}
+    args = TrainingArguments(tmp_path, per_device_eval_batch_size=2, remove_unused_columns=False, **options)
+    trainer = Trainer(
+        Depth(),
+        args,
+        eval_dataset=items,
+        compute_metrics=DepthMetrics("nyu"),
+        preprocess_logits_for_metrics=predicted_depth_at_labels,
+    )
+    found = trainer.evaluate()
+    assert (found["eval_nyu_images"], found["eval_nyu_images_without_depth"]) == (4, 1)
+    direct = DepthMetrics("nyu")
+    for item in items:
+        depth = trainer.model(item["pixel_values"][None])["predicted_depth"]
+        direct.update(predicted_depth_at_labels(depth, item["labels"][None]), item["labels"][None])
+    assert found["eval_nyu_abs_rel"] == pytest.approx(direct.compute()["abs_rel"], rel=1e-5)
+    assert found == trainer.evaluate() | {key: found[key] for key in found if "nyu" not in key}
