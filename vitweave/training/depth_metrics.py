@@ -10,7 +10,9 @@ from torch import Tensor
 from vitweave.training.depth_protocols import DepthProtocol, find_protocol
 
 DEPTH_METRICS = ("abs_rel", "sq_rel", "rmse", "log10", "rmse_log", "silog", "a1", "a2", "a3")
-BLOCK = 65536  # pixels at a time: the handful of buffers then stays in the cache, which is worth a factor of 3
+# Pixels at a time: the buffers then stay in the cache, which is worth a factor of 3. In float64 less, since OpenBLAS
+# starts threads for a `ddot` of more than 10,000 numbers, and waits for them on a busy machine.
+BLOCK = {"float32": 65536, "float64": 8192}
 NUM_SUMS = 10
 
 
@@ -52,7 +54,7 @@ class DepthSums:
 
     def _sweep(self, prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
         height, width = target.shape
-        rows = max(1, BLOCK // max(1, width))
+        rows = max(1, BLOCK[self.dtype.name] // max(1, width))
         if rows * width > len(self.ones):
             self._make_buffers(rows * width)
         total = np.zeros(NUM_SUMS)
