@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 PUBLIC = {
     "ConfusionMatrix": "vitweave.training.metrics",
     "DensePredictorConfig": "vitweave.configuration.configuration_dense_predictor",
+    "DensePredictorForDepthEstimation": "vitweave.modeling.modeling_depth",
     "DensePredictorForSemanticSegmentation": "vitweave.modeling.modeling_dense_predictor",
     "DepthAugmentation": "vitweave.processing.depth_augmentation",
     "DepthDataset": "vitweave.training.depth_data",

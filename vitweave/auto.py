@@ -4,6 +4,7 @@ from transformers import (
     AutoBackbone,
     AutoConfig,
     AutoModel,
+    AutoModelForDepthEstimation,
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
 )
@@ -14,6 +15,7 @@ from transformers.models.auto.image_processing_auto import (
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
+from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
 from vitweave.modeling.modeling_specialized_vit import (
     SpecializedViTBackbone,
     SpecializedViTForImageClassification,
@@ -37,7 +39,10 @@ FAMILIES = (
     ),
     (
         DensePredictorConfig,
-        {AutoModelForSemanticSegmentation: DensePredictorForSemanticSegmentation},
+        {
+            AutoModelForSemanticSegmentation: DensePredictorForSemanticSegmentation,
+            AutoModelForDepthEstimation: DensePredictorForDepthEstimation,
+        },
         (
             {"torchvision": SegmentationImageProcessor, "pil": SegmentationImageProcessorPil},
             {"torchvision": DepthImageProcessor, "pil": DepthImageProcessorPil},

@@ -22,6 +22,9 @@ def test_round_trip(tmp_path):
         ignore_index=-100,
         freeze_backbone=True,
         num_labels=3,
+        depth_target="disparity",
+        min_depth=1,
+        max_depth=80.0,
     )
     config.save_pretrained(tmp_path)
     loaded = DensePredictorConfig.from_pretrained(tmp_path)
@@ -40,7 +43,8 @@ def test_the_backbone_can_be_overridden_on_loading(tmp_path):
 def test_defaults():
     config = DensePredictorConfig()
     assert config.backbone_config.model_type == "specialized_vit"
-    assert config.losses == {"cross_entropy": 1.0}
+    assert config.losses is None  # each task has its own default
+    assert (config.depth_target, config.min_depth, config.max_depth) == ("metres", 0.001, 10.0)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +60,9 @@ def test_mistakes_are_refused(options, message):
         DensePredictorConfig(**options)
 
 
-@pytest.mark.parametrize("options", [{"head_type": 3}, {"losses": {"dice": "1"}}, {"ignore_index": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"head_type": 3}, {"losses": {"dice": "1"}}, {"ignore_index": 0.5}, {"max_depth": "80"}]
+)
 def test_wrong_types_are_refused(options):
     with pytest.raises(StrictDataclassFieldValidationError):
         DensePredictorConfig(**options)

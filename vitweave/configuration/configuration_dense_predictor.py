@@ -16,12 +16,17 @@ class DensePredictorConfig(VitweaveConfig):
             specialised ViT of base size.
         freeze_backbone: train the head alone; the backbone's weights, dropout and statistics stand still. It is saved:
             a reloaded or resumed model stays frozen.
-        head_type: "linear", "mlp" or "subpixel", see `vitweave/modeling/heads/registry.py`.
+        head_type: of a segmentation model "linear", "mlp" or "subpixel", of a depth model "linear", "dpt" or
+            "regression", see `vitweave/modeling/heads/registry.py`.
         head_options: arguments of that head's constructor.
-        losses: name of a loss -> its weight in the sum, see `vitweave/modeling/losses.py`. None is cross-entropy.
+        losses: name of a loss -> its weight in the sum, see `vitweave/modeling/losses.py` and `depth_losses.py`. None
+            is cross-entropy for segmentation, "sig" for depth in metres, "scale_shift_invariant" for disparity.
         loss_options: name of a loss -> its constructor's arguments.
-        class_weights: how much each class counts in every loss, one number per label; None counts them equally.
-        ignore_index: label of the pixels that count nowhere.
+        class_weights: segmentation: how much each class counts in every loss, one number per label; None counts them
+            equally.
+        ignore_index: segmentation: label of the pixels that count nowhere.
+        depth_target: what a depth model predicts: "metres", or "disparity", relative inverse depth.
+        min_depth, max_depth: in metres, the range of a depth model's predictions in metres.
     """
 
     model_type = "dense_predictor"
@@ -35,8 +40,10 @@ class DensePredictorConfig(VitweaveConfig):
     loss_options: dict[str, dict] | None = None
     class_weights: list[float | int] | tuple[float | int, ...] | None = None
     ignore_index: int = 255
+    depth_target: str = "metres"
+    min_depth: float | int = 0.001
+    max_depth: float | int = 10.0
 
     def __post_init__(self, **extra):
         self.backbone_config = resolve_config(self.backbone_config or {"model_type": "specialized_vit"})
-        self.losses = {"cross_entropy": 1.0} if self.losses is None else dict(self.losses)
         super().__post_init__(**extra)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitweave.modeling.heads.base import resize_map
+from vitweave.modeling.heads.base import DeepConv, DeepConvTranspose, resize_map
 
 READOUTS = ("ignore", "add", "project")
 
@@ -23,13 +23,13 @@ class Reassemble(nn.Module):
         super().__init__()
         self.adds = readout == "add"
         self.readout = nn.Linear(2 * in_channels, in_channels) if readout == "project" else None
-        self.projection = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+        self.projection = DeepConv(in_channels, out_channels, kernel_size=1)
         self.resize = nn.Identity()
         if factor > 1:
-            self.resize = nn.ConvTranspose2d(out_channels, out_channels, kernel_size=int(factor), stride=int(factor))
+            self.resize = DeepConvTranspose(out_channels, out_channels, kernel_size=int(factor), stride=int(factor))
         elif factor < 1:
             stride = round(1 / factor)
-            self.resize = nn.Conv2d(out_channels, out_channels, kernel_size=3, stride=stride, padding=1)
+            self.resize = DeepConv(out_channels, out_channels, kernel_size=3, stride=stride, padding=1)
 
     def forward(self, feature_map: Tensor, class_token: Tensor | None) -> Tensor:
         """Map (batch, in_channels, height, width) to (batch, out_channels, ~height * factor, ~width * factor)."""
@@ -47,8 +47,8 @@ class ResidualConv(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv1 = DeepConv(channels, channels, kernel_size=3, padding=1)
+        self.conv2 = DeepConv(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.conv2(self.conv1(hidden.relu()).relu())
@@ -65,7 +65,7 @@ class Refine(nn.Module):
         super().__init__()
         self.merge = ResidualConv(channels) if merges else None
         self.residual = ResidualConv(channels)
-        self.projection = nn.Conv2d(channels, channels, kernel_size=1)
+        self.projection = DeepConv(channels, channels, kernel_size=1)
 
     def forward(self, coarse: Tensor, finer: Tensor | None, size: tuple[int, int]) -> Tensor:
         """Maps (batch, channels, height, width) to the same at `size` = (height, width)."""
@@ -120,7 +120,7 @@ class DptNeck(nn.Module):
             for width, size, factor in zip(in_channels, neck_sizes, factors, strict=True)
         )
         self.laterals = nn.ModuleList(
-            nn.Conv2d(size, fusion_size, kernel_size=3, padding=1, bias=False) for size in neck_sizes
+            DeepConv(size, fusion_size, kernel_size=3, padding=1, bias=False) for size in neck_sizes
         )
         self.refine = nn.ModuleList(Refine(fusion_size, merges=step > 0) for step in range(count))
         self.fusion_size = fusion_size

@@ -1,5 +1,6 @@
 """Predictions per pixel: any registered backbone under a head."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 
 import torch.nn.functional as F
@@ -10,12 +11,14 @@ from transformers.utils.generic import can_return_tuple
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
 from vitweave.configuration.configuration_specialized_vit import as_pair
-from vitweave.modeling.heads.base import ProbeConv
-from vitweave.modeling.heads.registry import SEGMENTATION_HEADS, build_segmentation_head
+from vitweave.modeling.class_tokens import class_token_request, class_tokens_of
+from vitweave.modeling.heads.registry import DEPTH_HEADS, SEGMENTATION_HEADS, build_segmentation_head
 from vitweave.modeling.losses import SegmentationLoss
 from vitweave.modeling.own_models import build_backbone
 from vitweave.modeling.pretrained import VitweavePreTrainedModel
 from vitweave.modeling.vit_embeddings import check_pixel_values
+
+EncoderOutputs = dict[str, tuple[Tensor, ...]]
 
 
 class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
@@ -27,7 +30,7 @@ class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
 
     config: DensePredictorConfig
     base_model_prefix = "backbone"
-    _no_split_modules = sorted(head.__name__ for head in SEGMENTATION_HEADS.values())
+    _no_split_modules = sorted(head.__name__ for head in (*SEGMENTATION_HEADS.values(), *DEPTH_HEADS.values()))
 
     def __init__(self, config: DensePredictorConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
@@ -101,27 +104,77 @@ class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
             self.backbone.eval()
         return self
 
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if isinstance(module, ProbeConv):
-            module.reset_parameters()
+    @property
+    def reads_class_tokens(self) -> bool:
+        """Whether the head reads the class token beside every map."""
+        return getattr(self.head, "reads_class_tokens", False)
 
-    def run_backbone(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
-        """The backbone's output, with every feature map (batch, channels, height, width)."""
+    def encode(self, pixel_values: Tensor) -> EncoderOutputs:
+        """What the head reads of the images, for `forward(encoder_outputs=...)`: the backbone need not run again.
+
+        Returns:
+            "feature_maps": (batch, channels_k, height_k, width_k) per layer; "class_tokens", only where the head reads
+            them: (batch, channels_k) per layer.
+        """
+        return self.run_backbone(pixel_values)[0]
+
+    def read(
+        self, pixel_values: Tensor | None, encoder_outputs: EncoderOutputs | None, **kwargs
+    ) -> tuple[EncoderOutputs, BackboneOutput]:
+        """What the head reads, from the images or as it was kept, and what else the backbone returned."""
+        if (pixel_values is None) == (encoder_outputs is None):
+            raise ValueError(
+                "expected either pixel_values or encoder_outputs (what `encode` returned for the images), got"
+                f" {'neither' if pixel_values is None else 'both'}"
+            )
+        if encoder_outputs is None:
+            return self.run_backbone(pixel_values, **kwargs)
+        check_encoder_outputs(encoder_outputs, self.backbone.channels, self.reads_class_tokens)
+        dtype = next(self.head.parameters()).dtype  # they may have been kept in half precision
+        return {
+            name: tuple(part.to(dtype) for part in parts) for name, parts in encoder_outputs.items()
+        }, BackboneOutput()
+
+    def run_backbone(self, pixel_values: Tensor, **kwargs) -> tuple[EncoderOutputs, BackboneOutput]:
+        """What the head reads of the images (see `encode`), and all that the backbone returned."""
         patch_size = getattr(self.config.backbone_config, "patch_size", None)
         check_pixel_values(
             pixel_values,
             getattr(self.config.backbone_config, "num_channels", None),
             None if patch_size is None else as_pair(patch_size),
         )
-        outputs = self.backbone.forward_with_filtered_kwargs(pixel_values, **kwargs)
+        request = class_token_request(self.backbone) if self.reads_class_tokens else {}
+        outputs = self.backbone.forward_with_filtered_kwargs(pixel_values, **kwargs | request)
         for feature_map in outputs.feature_maps:
             if feature_map.ndim != 4:
                 raise ValueError(
                     f"expected maps (batch, channels, height, width), got {tuple(feature_map.shape)} from"
                     f" {type(self.backbone).__name__}; set reshape_hidden_states=True in its config if it has it"
                 )
-        return outputs
+        read = {"feature_maps": tuple(outputs.feature_maps)}
+        if self.reads_class_tokens:
+            read["class_tokens"] = class_tokens_of(self.backbone, outputs)
+        asked = kwargs.get("output_hidden_states")
+        if not (self.backbone.config.output_hidden_states if asked is None else asked):
+            outputs.hidden_states = None  # the class tokens were read from them
+        return read, outputs
+
+
+def check_encoder_outputs(encoder_outputs: EncoderOutputs, channels: Sequence[int], reads_class_tokens: bool):
+    """Refuse features of another encoder, of other layers, or without the class tokens that the head reads."""
+    needed = ["feature_maps", "class_tokens"] if reads_class_tokens else ["feature_maps"]
+    for name in needed:
+        if name not in encoder_outputs:
+            raise ValueError(
+                f"expected {needed} in encoder_outputs, got {sorted(encoder_outputs)}; they are what `encode` of this"
+                " model returns"
+            )
+        found = [part.shape[1] for part in encoder_outputs[name]]
+        if found != list(channels):
+            raise ValueError(
+                f"expected {name} of {list(channels)} channels in encoder_outputs, got {found}; encode the images with"
+                " this model's own backbone"
+            )
 
 
 class DensePredictorForSemanticSegmentation(DensePredictorPreTrainedModel):
@@ -136,26 +189,37 @@ class DensePredictorForSemanticSegmentation(DensePredictorPreTrainedModel):
         self.head = build_segmentation_head(
             config.head_type, list(self.backbone.channels), config.num_labels, config.head_options
         )
+        losses = {"cross_entropy": 1.0} if config.losses is None else config.losses
         self.criterion = SegmentationLoss(
-            config.num_labels, config.losses, config.loss_options, config.class_weights, config.ignore_index
+            config.num_labels, losses, config.loss_options, config.class_weights, config.ignore_index
         )
         self.post_init()
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs) -> SemanticSegmenterOutput:
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        encoder_outputs: EncoderOutputs | None = None,
+        **kwargs,
+    ) -> SemanticSegmenterOutput:
         """Score every pixel.
 
         Args:
             pixel_values: (batch, channels, height, width).
             labels: (batch, height, width) class ids, `config.ignore_index` where no class is known.
+            encoder_outputs: instead of pixel_values, what `encode` returned for them. The logits take the size of the
+                labels then, and without labels the head's own.
             kwargs: go to the backbone, e.g. `output_hidden_states`.
 
         Returns:
             logits (batch, num_labels, height, width) and, with labels, the loss.
         """
-        outputs = self.run_backbone(pixel_values, **kwargs)
-        logits = self.head(list(outputs.feature_maps))
-        logits = F.interpolate(logits, size=pixel_values.shape[-2:], mode="bilinear", align_corners=False)
+        read, outputs = self.read(pixel_values, encoder_outputs, **kwargs)
+        logits = self.head(list(read["feature_maps"]))
+        shown = labels if pixel_values is None else pixel_values
+        if shown is not None:
+            logits = F.interpolate(logits, size=shown.shape[-2:], mode="bilinear", align_corners=False)
         loss = None if labels is None else self.criterion(logits, labels)
         return SemanticSegmenterOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

@@ -37,6 +37,13 @@ class EncoderOutput(BaseModelOutput):
     kept: tuple[Tensor, ...] | None = None
 
 
+@dataclass
+class SpecializedViTBackboneOutput(BackboneOutput):
+    """`class_tokens`, on request: the first class token (batch, hidden) beside each map, normalised as the map is."""
+
+    class_tokens: tuple[Tensor, ...] | None = None
+
+
 class SpecializedViTPreTrainedModel(VitweavePreTrainedModel):
     """Initialisation and loading shared by the specialised ViT classes."""
 
@@ -256,13 +263,15 @@ class SpecializedViTBackbone(BackboneMixin, SpecializedViTTrunk):
         pixel_values: Tensor,
         output_hidden_states: bool | None = None,
         attention_mask: Tensor | None = None,
+        output_class_tokens: bool = False,
         **kwargs,
-    ) -> BackboneOutput:
+    ) -> SpecializedViTBackboneOutput:
         """Encode images (batch, channels, height, width).
 
         Returns:
             feature_maps, one per out index: (batch, hidden, height / patch, width / patch), or with
-            `reshape_hidden_states=False` (batch, tokens, hidden); after the final norm if `apply_layernorm`.
+            `reshape_hidden_states=False` (batch, tokens, hidden); after the final norm if `apply_layernorm`. With
+            `output_class_tokens` also class_tokens, one (batch, hidden) per map.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -278,8 +287,9 @@ class SpecializedViTBackbone(BackboneMixin, SpecializedViTTrunk):
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
-        return BackboneOutput(
+        return SpecializedViTBackboneOutput(
             feature_maps=tuple(self.to_map(state, grid) for state in outputs.kept),
+            class_tokens=self.class_tokens(wanted, outputs) if output_class_tokens else None,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -290,6 +300,15 @@ class SpecializedViTBackbone(BackboneMixin, SpecializedViTTrunk):
             return by_role(self, "layernorm", self.config.num_cls_rows, state) if self.config.apply_layernorm else state
         patches = state[:, self.config.num_prefix_tokens :]
         return tokens_to_map(self.layernorm(patches) if self.config.apply_layernorm else patches, grid).contiguous()
+
+    def class_tokens(self, layers: tuple[int, ...], outputs: EncoderOutput) -> tuple[Tensor, ...]:
+        """The first class token (batch, hidden) of each layer, after the final norm if `apply_layernorm`."""
+        tokens = [state[:, :1] for state in outputs.kept]
+        if self.encoder.class_layer and layers[-1] == self.config.num_hidden_layers:
+            tokens[-1] = outputs.last_hidden_state[:, :1]  # the blocks leave it as it was, the class attention does not
+        if self.config.apply_layernorm:
+            tokens = [by_role(self, "layernorm", 1, token) for token in tokens]
+        return tuple(token[:, 0] for token in tokens)
 
 
 class SpecializedViTForImageClassification(SpecializedViTPreTrainedModel):

@@ -1,8 +1,12 @@
-"""The segmentation heads by name."""
+"""The heads by name."""
 
 from vitweave.modeling.heads.base import SegmentationHead
+from vitweave.modeling.heads.depth_base import DepthHead
+from vitweave.modeling.heads.depth_bins import DepthBinsHead
+from vitweave.modeling.heads.dpt import DptHead
 from vitweave.modeling.heads.linear import LinearHead
 from vitweave.modeling.heads.mlp import MlpHead
+from vitweave.modeling.heads.regression import RegressionHead
 from vitweave.modeling.heads.subpixel import SubpixelHead
 from vitweave.modeling.options import check_options, pick
 
@@ -10,6 +14,11 @@ SEGMENTATION_HEADS: dict[str, type[SegmentationHead]] = {
     "linear": LinearHead,
     "mlp": MlpHead,
     "subpixel": SubpixelHead,
+}
+DEPTH_HEADS: dict[str, type[DepthHead]] = {
+    "dpt": DptHead,
+    "linear": DepthBinsHead,
+    "regression": RegressionHead,
 }
 
 
@@ -21,3 +30,19 @@ def build_segmentation_head(
     options = options or {}
     check_options(head_class, options, given=("in_channels", "num_labels"), owner=f"the head {name!r}")
     return head_class(in_channels, num_labels, **options)
+
+
+def build_depth_head(
+    name: str,
+    in_channels: list[int],
+    depth_target: str,
+    min_depth: float,
+    max_depth: float,
+    options: dict | None = None,
+) -> DepthHead:
+    """Build a depth head for maps of `in_channels` (one entry per map), with the range of its values."""
+    head_class = pick(DEPTH_HEADS, name, "head_type of a depth model")
+    value_range = {"depth_target": depth_target, "min_depth": min_depth, "max_depth": max_depth}
+    options = options or {}
+    check_options(head_class, options, given=("in_channels", *value_range), owner=f"the head {name!r}")
+    return head_class(in_channels, **value_range, **options)
