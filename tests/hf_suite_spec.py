@@ -9,13 +9,14 @@ from unittest import mock
 
 import torch
 from hf_model_suite import ModelSuiteSpec
-from transformers import BitImageProcessorPil, Dinov2Config
+from transformers import BitImageProcessorPil, Dinov2Config, DPTImageProcessorPil
 from transformers.utils import is_torchvision_available
 
 import vitweave  # noqa: F401  (registers the classes)
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
+from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
 from vitweave.modeling.modeling_specialized_vit import (
     SpecializedViTBackbone,
     SpecializedViTForImageClassification,
@@ -113,6 +114,31 @@ def dense_predictor(name: str, backbone, head_type: str) -> ModelSuiteSpec:
     )
 
 
+def depths(config, inputs: dict) -> dict:
+    return {"labels": 12 * torch.rand(len(inputs["pixel_values"]), *inputs["pixel_values"].shape[2:]) - 3}
+
+
+def depth_predictor(name: str, backbone, head_type: str, **options) -> ModelSuiteSpec:
+    return ModelSuiteSpec(
+        name=name,
+        config_class=DensePredictorConfig,
+        make_config=lambda: DensePredictorConfig(backbone_config=backbone(), head_type=head_type, **options),
+        make_inputs=lambda config: pixels(),
+        other_inputs=lambda config: pixels(2, (42, 24)),
+        model_classes=[DensePredictorForDepthEstimation],
+        labels={DensePredictorForDepthEstimation: depths},
+        is_composite=True,
+        tester_attrs={"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "image_size": 30}
+        | {"seq_length": 26, "num_masks": 13, "mask_length": 25},
+        config_kwargs={"max_depth": 80.0},
+        config_common_properties=["max_depth"],
+        skips={"test_correct_missing_keys": "the folder of a backbone has no head's config; from_backbone opens that"},
+        overrides={"test_can_load_ignoring_mismatched_shapes": mismatched_shapes_with_switches},
+        pipelines={"depth-estimation": DensePredictorForDepthEstimation},
+        pipeline_image_processor=lambda: DPTImageProcessorPil(size=SIZE),
+    )
+
+
 def tiny_dinov2() -> Dinov2Config:
     options = {name: value for name, value in TINY_VIT.items() if name != "attn_implementation"}
     return Dinov2Config(**options, out_indices=[1, 2])
@@ -133,4 +159,7 @@ def specs() -> list[ModelSuiteSpec]:
         ),
         dense_predictor("dense_predictor", lambda: tiny_vit(out_indices=[1, 2]), "linear"),
         dense_predictor("dense_predictor_dinov2", tiny_dinov2, "mlp"),
+        depth_predictor("depth_predictor", lambda: tiny_vit(out_indices=[1, 2], apply_layernorm=False), "linear"),
+        depth_predictor("depth_predictor_dinov2", tiny_dinov2, "dpt", depth_target="disparity"),
+        depth_predictor("depth_predictor_regression", lambda: tiny_vit(out_indices=[1, 2]), "regression"),
     ]

@@ -13,6 +13,7 @@ from vitweave.auto import FAMILIES
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
+from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
 from vitweave.modeling.modeling_specialized_vit import (
     SpecializedViTBackbone,
     SpecializedViTForImageClassification,
@@ -60,6 +61,8 @@ class Subject:
             return {"labels": torch.randint(0, 3, pixels.shape[:1], generator=generator)}
         if self.model_class is DensePredictorForSemanticSegmentation:
             return {"labels": torch.randint(0, 3, (pixels.shape[0], *pixels.shape[2:]), generator=generator)}
+        if self.model_class is DensePredictorForDepthEstimation:
+            return {"labels": 12 * torch.rand(pixels.shape[0], *pixels.shape[2:], generator=generator) - 3}
         return {}
 
 
@@ -110,6 +113,18 @@ SUBJECTS = {
     ),
     "segmenter-mlp": Subject(DensePredictorForSemanticSegmentation, dense(vit, "mlp"), unread=DEEPEST_CLS),
     "segmenter-dinov2": Subject(DensePredictorForSemanticSegmentation, dense(dinov2, "linear")),
+    "depth-linear": Subject(DensePredictorForDepthEstimation, dense(vit, "linear"), "depth-estimation"),
+    "depth-dpt": Subject(
+        DensePredictorForDepthEstimation,
+        dense(vit, "dpt", losses={"sig": 1.0, "gradient": 0.5}, loss_options={"sig": {"warm_up_steps": 4}}),
+    ),
+    "depth-regression": Subject(
+        DensePredictorForDepthEstimation, dense(vit, "regression", losses={"l1": 1.0}), unread=DEEPEST_CLS
+    ),
+    "depth-disparity": Subject(
+        DensePredictorForDepthEstimation, dense(vit, "dpt", depth_target="disparity"), "depth-estimation"
+    ),
+    "depth-dinov2": Subject(DensePredictorForDepthEstimation, dense(dinov2, "linear")),
 }
 every_subject = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
 
@@ -210,7 +225,7 @@ def test_every_weight_gets_a_finite_gradient_also_with_checkpointing(subject):
             torch.testing.assert_close(actual[name], grad, atol=1e-6, rtol=1e-5)
 
 
-QUICK = ("model", "segmenter-linear")  # the others take their turn in the slow tier
+QUICK = ("model", "segmenter-linear", "depth-dpt")  # the others take their turn in the slow tier
 
 
 @pytest.mark.parametrize(
@@ -225,7 +240,7 @@ def test_compiles_in_one_graph(subject):
 
 
 # transformers' own Dinov2 asks whether the grid is the stored one, which ties its graph to the traced size
-EXPORTABLE = {name: subject for name, subject in SUBJECTS.items() if name != "segmenter-dinov2"}
+EXPORTABLE = {name: subject for name, subject in SUBJECTS.items() if not name.endswith("dinov2")}
 
 
 @pytest.mark.slow
@@ -274,7 +289,7 @@ class Images(torch.utils.data.Dataset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["classifier", "segmenter-linear", "segmenter-mlp", "segmenter-dinov2"])
+@pytest.mark.parametrize("name", [name for name in SUBJECTS if name.startswith(("classifier", "segmenter", "depth"))])
 def test_trainer_resumes_exactly(name, tmp_path):
     subject = SUBJECTS[name]
     options = {
@@ -306,7 +321,7 @@ def test_trainer_resumes_exactly(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name, subject in SUBJECTS.items() if subject.task])
 def test_serves_its_pipeline(name, tmp_path):
     from PIL import Image
-    from transformers import BitImageProcessorPil
+    from transformers import BitImageProcessorPil, DPTImageProcessorPil
 
     subject, size = SUBJECTS[name], {"height": 32, "width": 32}
     subject.build().save_pretrained(tmp_path)
@@ -314,12 +329,16 @@ def test_serves_its_pipeline(name, tmp_path):
         from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
 
         SegmentationImageProcessorPil(size=size).save_pretrained(tmp_path)
+    elif subject.task == "depth-estimation":
+        DPTImageProcessorPil(size=size).save_pretrained(tmp_path)
     else:
         BitImageProcessorPil(size=size, crop_size=size).save_pretrained(tmp_path)
     result = pipeline(subject.task, model=str(tmp_path))(Image.new("RGB", (50, 40), "teal"))
     if subject.task == "image-segmentation":
         assert {segment["label"] for segment in result} <= {"LABEL_0", "LABEL_1", "LABEL_2"}
         assert result[0]["mask"].size == (50, 40)
+    elif subject.task == "depth-estimation":
+        assert result["predicted_depth"].shape == (40, 50) and result["depth"].size == (50, 40)
     elif subject.task == "image-classification":
         assert len(result) == 3 and abs(sum(row["score"] for row in result) - 1) < 1e-5
     else:

@@ -29,7 +29,9 @@ def check_options(part: type, options: Collection[str], given: Collection[str], 
         given: names of the arguments that the builder fills in itself.
         owner: what the options belong to, for the message, e.g. "the head 'linear'".
     """
-    arguments = inspect.signature(part).parameters
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # all that nn.Module has to offer
+    signature = inspect.signature(part).parameters
+    arguments = {name: argument for name, argument in signature.items() if argument.kind not in variadic}
     known = sorted(set(arguments) - set(given))
     for name in options:
         if name not in known:

@@ -22,8 +22,8 @@ class VitweavePreTrainedModel(PreTrainedModel):
           lies beside it may be new;
         - a module with non-persistent buffers sets their values in a method `fill_buffers()`, called by its `__init__`
           and, after loading, by `_init_weights`;
-        - a layer that starts otherwise than transformers' default sets `initialises_itself = True` and draws its weights
-          in `reset_parameters()`, with the functions of `transformers.initialization`;
+        - a layer that starts otherwise than in transformers sets `initialises_itself = True` and draws its weights in
+          `reset_parameters()`, with the functions of `transformers.initialization`;
         - a head computes its own loss. One that divides by `num_items_in_batch` sets `accepts_loss_kwargs = True`, and
           one that wants a loss of transformers sets `self.loss_type` after `super().__init__`;
         - `built_by` names the class method that builds it from another family's checkpoint.
