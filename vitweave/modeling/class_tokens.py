@@ -62,3 +62,13 @@ def normed(backbone: PreTrainedModel, hidden_states: Sequence[Tensor], stage: in
     if norm is not None and (config.apply_layernorm or always):
         token = getattr(backbone, norm)(token)
     return token
+
+
+def as_asked(
+    hidden_states: Sequence[Tensor] | None, asked: bool | int | Sequence[int] | None
+) -> Sequence[Tensor | None] | None:
+    """What a caller gets who asked for `output_hidden_states=asked` where all were computed for the class tokens."""
+    if hidden_states is None or asked is None or isinstance(asked, bool):
+        return hidden_states if asked else None
+    layers = {layer % len(hidden_states) for layer in ([asked] if isinstance(asked, int) else asked)}
+    return tuple(state if index in layers else None for index, state in enumerate(hidden_states))

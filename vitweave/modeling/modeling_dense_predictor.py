@@ -11,7 +11,7 @@ from transformers.utils.generic import can_return_tuple
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
 from vitweave.configuration.configuration_specialized_vit import as_pair
-from vitweave.modeling.class_tokens import class_token_request, class_tokens_of
+from vitweave.modeling.class_tokens import as_asked, class_token_request, class_tokens_of
 from vitweave.modeling.heads.registry import DEPTH_HEADS, SEGMENTATION_HEADS, build_segmentation_head
 from vitweave.modeling.losses import SegmentationLoss
 from vitweave.modeling.own_models import build_backbone
@@ -80,7 +80,8 @@ class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
         for module in backbone.modules():
             module._is_hf_initialized = True  # otherwise modules without the mark, e.g. new adapters, are drawn anew
         model = cls(config, backbone)
-        model.head.to(device=backbone.device, dtype=backbone.dtype)
+        for part in (model.head, model.criterion):
+            part.to(device=backbone.device, dtype=backbone.dtype)
         return model
 
     @classmethod
@@ -154,9 +155,9 @@ class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
         read = {"feature_maps": tuple(outputs.feature_maps)}
         if self.reads_class_tokens:
             read["class_tokens"] = class_tokens_of(self.backbone, outputs)
-        asked = kwargs.get("output_hidden_states")
-        if not (self.backbone.config.output_hidden_states if asked is None else asked):
-            outputs.hidden_states = None  # the class tokens were read from them
+        if "output_hidden_states" in request:
+            asked = kwargs.get("output_hidden_states", self.backbone.config.output_hidden_states)
+            outputs.hidden_states = as_asked(outputs.hidden_states, asked)
         return read, outputs
 
 
