@@ -16,6 +16,7 @@ from transformers import (
     BitImageProcessorPil,
     Dinov2Config,
     Dinov2Model,
+    DPTImageProcessorPil,
 )
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
@@ -25,6 +26,7 @@ from vitweave.hub import verify_bundle
 from vitweave.hub.card import CardInfo
 from vitweave.hub.export import export, load_card, load_model, load_processor, push_to_hub_with_code, random_image
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
+from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification, SpecializedViTModel
 from vitweave.processing.image_processing_pil_depth import DepthImageProcessorPil
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
@@ -185,6 +187,20 @@ def test_an_export_loads_without_vitweave_and_again_after_the_user_saved_it(tmp_
     assert list(verify_bundle.own_processors(again).values()) == [
         "image_processing_pil_segmentation.SegmentationImageProcessorPil"
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_type", ["linear", "dpt"])
+def test_a_depth_model_leaves_with_its_code(tmp_path, head_type):
+    torch.manual_seed(0)
+    backbone = SpecializedViTConfig(**TINY, out_indices=[1, 3], apply_layernorm=False)
+    config = DensePredictorConfig(backbone_config=backbone, head_type=head_type, max_depth=80.0)
+    model = DensePredictorForDepthEstimation(config).eval()
+    size = {"height": 28, "width": 28}
+    folder = export(model, tmp_path / "out", DPTImageProcessorPil(size=size))  # loads it and compares the depths
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForDepthEstimation"] == "modeling_depth.DensePredictorForDepthEstimation"
+    assert {"dpt_neck.py", "depth_losses.py", "class_tokens.py"} < {path.name for path in folder.iterdir()}
 
 
 def test_a_blocked_package_cannot_be_imported(monkeypatch):

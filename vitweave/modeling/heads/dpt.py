@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitweave.modeling.dpt_neck import DptNeck
-from vitweave.modeling.heads.base import DeepConv, ProbeConv
+from vitweave.modeling.heads.base import DeepConv
 from vitweave.modeling.heads.depth_base import DepthHead
 
 
@@ -37,7 +37,7 @@ class DptHead(DepthHead):
         self.reads_class_tokens = self.neck.reads_class_tokens
         self.conv1 = DeepConv(fusion_size, max(fusion_size // 2, 1), kernel_size=3, padding=1)
         self.conv2 = DeepConv(max(fusion_size // 2, 1), hidden_size, kernel_size=3, padding=1)
-        self.regressor = ProbeConv(hidden_size, 1)
+        self.regressor = DeepConv(hidden_size, 1, kernel_size=1)
 
     def forward(self, feature_maps: list[Tensor], class_tokens: list[Tensor] | None = None) -> Tensor:
         """Values at four times the size of the finest map of the neck's pyramid."""
