@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitweave.modeling.heads.base import ProbeConv, resize_map
-from vitweave.modeling.heads.depth_base import DepthHead
+from vitweave.modeling.heads.base import DepthHead, ProbeConv, resize_map
 from vitweave.modeling.losses import at_least_float32
 
 

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitweave.modeling.dpt_neck import DptNeck
-from vitweave.modeling.heads.base import DeepConv
-from vitweave.modeling.heads.depth_base import DepthHead
+from vitweave.modeling.heads.base import DeepConv, DepthHead
 
 
 class DptHead(DepthHead):

@@ -1,7 +1,6 @@
 """The heads by name."""
 
-from vitweave.modeling.heads.base import SegmentationHead
-from vitweave.modeling.heads.depth_base import DepthHead
+from vitweave.modeling.heads.base import DepthHead, SegmentationHead
 from vitweave.modeling.heads.depth_bins import DepthBinsHead
 from vitweave.modeling.heads.dpt import DptHead
 from vitweave.modeling.heads.linear import LinearHead

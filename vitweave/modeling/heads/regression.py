@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from vitweave.modeling.heads.base import ProbeConv, resize_map
-from vitweave.modeling.heads.depth_base import DepthHead
+from vitweave.modeling.heads.base import DepthHead, ProbeConv, resize_map
 
 
 class RegressionHead(DepthHead):
