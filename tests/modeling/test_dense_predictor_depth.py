@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from PIL import Image
 from transformers import (
     AutoModelForDepthEstimation,
@@ -24,6 +25,7 @@ from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemantic
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
 from vitweave.modeling.own_models import build_backbone
+from vitweave.training.lora import lora_config
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
 WITH_CLASS_TOKEN = {
@@ -257,31 +259,39 @@ class Rooms(torch.utils.data.Dataset):
         return {name: part[0] for name, part in batch(size=(32, 32), batch_size=1, seed=index).items()}
 
 
-def test_a_run_resumed_in_its_warm_up_is_exact(tmp_path):
-    def train(name, seed, **resume):
-        model = build(loss_options={"sig": {"warm_up_steps": 6}}, freeze_backbone=True)
-        arguments = TrainingArguments(
-            tmp_path / name,
-            max_steps=4,
-            save_steps=1,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            learning_rate=1e-2,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        trainer = Trainer(model=model, args=arguments, train_dataset=Rooms())
-        assert not trainer.model_accepts_loss_kwargs and trainer.label_names == ["labels"]
-        trainer.train(**resume)
-        return model.state_dict()
+def train_steps(model, folder, **resume):
+    arguments = TrainingArguments(
+        folder,
+        max_steps=4,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=Rooms())
+    assert not trainer.model_accepts_loss_kwargs and trainer.label_names == ["labels"]
+    trainer.train(**resume)
+    return model.state_dict()
 
-    whole = train("whole", 0)
-    resumed = train("resumed", 1, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert whole["criterion.terms.sig.training_steps"] == 8
+
+@pytest.mark.parametrize("adapted", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_resumed_in_its_warm_up_is_exact(adapted, tmp_path):
+    def start():
+        model = build(loss_options={"sig": {"warm_up_steps": 6}}, freeze_backbone=True)
+        return get_peft_model(model, lora_config(model, "cls", rank=2)) if adapted else model
+
+    whole = train_steps(start(), tmp_path / "whole")
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    resumed = train_steps(start(), tmp_path / "resumed", resume_from_checkpoint=checkpoint)
+    steps = [name for name in whole if name.endswith("training_steps") and "original_module" not in name]
+    assert [whole[name] for name in steps] == [8]
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_type", sorted(CLASSLESS))
 def test_a_few_steps_learn_a_scene(head_type):
     torch.manual_seed(0)

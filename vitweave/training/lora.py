@@ -86,12 +86,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def head_names(model: PreTrainedModel) -> list[str]:
-    """What stands beside the encoder (or its backbone) and has weights: classifiers, dense heads."""
+    """What stands beside the encoder (or its backbone) and is saved: classifiers, dense heads, losses that count."""
     children = dict(model.named_children())
     encoders = [name for name, child in children.items() if isinstance(child, PreTrainedModel) and takes_images(child)]
     if not encoders:  # an encoder by itself
         return []
-    return [name for name, child in children.items() if name not in encoders and any(True for _ in child.parameters())]
+    return [name for name, child in children.items() if name not in encoders and child.state_dict()]
 
 
 def takes_images(model: PreTrainedModel) -> bool:
