@@ -132,9 +132,8 @@ class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
             return self.run_backbone(pixel_values, **kwargs)
         check_encoder_outputs(encoder_outputs, self.backbone.channels, self.reads_class_tokens)
         dtype = next(self.head.parameters()).dtype  # they may have been kept in half precision
-        return {
-            name: tuple(part.to(dtype) for part in parts) for name, parts in encoder_outputs.items()
-        }, BackboneOutput()
+        kept = {name: tuple(part.to(dtype) for part in parts) for name, parts in encoder_outputs.items()}
+        return kept, BackboneOutput()
 
     def run_backbone(self, pixel_values: Tensor, **kwargs) -> tuple[EncoderOutputs, BackboneOutput]:
         """What the head reads of the images (see `encode`), and all that the backbone returned."""
