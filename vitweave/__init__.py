@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 
 # Public names and where they are defined; imported when they are first asked for.
 PUBLIC = {
+    "AttentiveProbe": "vitweave.modeling.heads.attentive_probe",
+    "ClassificationAugmentation": "vitweave.processing.crop_augmentation",
     "ConfusionMatrix": "vitweave.training.metrics",
     "DensePredictorConfig": "vitweave.configuration.configuration_dense_predictor",
     "DensePredictorForDepthEstimation": "vitweave.modeling.modeling_depth",
@@ -17,6 +19,7 @@ PUBLIC = {
     "DepthImageProcessor": "vitweave.processing.image_processing_depth",
     "DepthImageProcessorPil": "vitweave.processing.image_processing_pil_depth",
     "DepthMetrics": "vitweave.training.depth_metrics",
+    "ImageClassificationDataset": "vitweave.training.classification_data",
     "SegmentationAugmentation": "vitweave.processing.augmentation",
     "SegmentationDataset": "vitweave.training.segmentation_data",
     "SegmentationImageProcessor": "vitweave.processing.image_processing_segmentation",
@@ -27,11 +30,17 @@ PUBLIC = {
     "SpecializedViTModel": "vitweave.modeling.modeling_specialized_vit",
     "VisionEncoder": "vitweave.modeling.vision_encoder",
     "VisionFeatures": "vitweave.modeling.vision_encoder",
+    "encode_images": "vitweave.training.probe_features",
     "evaluate_depth": "vitweave.training.depth_evaluation",
+    "evaluate_knn": "vitweave.training.knn",
     "export": "vitweave.hub.export",
     "inspect_model": "vitweave.analysis.report",
     "lora_config": "vitweave.training.lora",
+    "probe_classifier": "vitweave.training.probe_classifier",
     "sliding_window_logits": "vitweave.processing.sliding_window",
+    "train_attentive_probe": "vitweave.training.attentive_probes",
+    "train_classification": "vitweave.training.classification",
+    "train_linear_probes": "vitweave.training.linear_probes",
     "train_segmentation": "vitweave.training.segmentation",
 }
 

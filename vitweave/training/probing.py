@@ -29,8 +29,8 @@ def knn_scores(
     similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
     nearest, indices = similarity.topk(min(max_k, len(train)), dim=1)
     weights = (nearest / temperature).softmax(dim=1)
-    votes = F.one_hot(train_labels[indices], num_classes).to(weights.dtype) * weights[..., None]
-    return {k: votes[:, :k].sum(dim=1) for k in ks}
+    classes, empty = train_labels[indices], weights.new_zeros(len(test), num_classes)
+    return {k: empty.scatter_add(1, classes[:, :k], weights[:, :k]) for k in ks}
 
 
 def linear_probe_input(cls_tokens: list[Tensor], last_patches: Tensor | None = None) -> Tensor:

@@ -1,5 +1,8 @@
 """The heads by name."""
 
+from torch import nn
+
+from vitweave.modeling.heads.attentive_probe import AttentiveProbe
 from vitweave.modeling.heads.base import DepthHead, SegmentationHead
 from vitweave.modeling.heads.depth_bins import DepthBinsHead
 from vitweave.modeling.heads.dpt import DptHead
@@ -19,6 +22,8 @@ DEPTH_HEADS: dict[str, type[DepthHead]] = {
     "linear": DepthBinsHead,
     "regression": RegressionHead,
 }
+# tokens (batch, tokens, hidden) to logits (batch, num_labels)
+TOKEN_CLASSIFIERS: dict[str, type[nn.Module]] = {"attentive": AttentiveProbe}
 
 
 def build_segmentation_head(
@@ -45,3 +50,11 @@ def build_depth_head(
     options = options or {}
     check_options(head_class, options, given=("in_channels", *value_range), owner=f"the head {name!r}")
     return head_class(in_channels, **value_range, **options)
+
+
+def build_token_classifier(name: str, hidden_size: int, num_labels: int, options: dict | None = None) -> nn.Module:
+    """Build a classifier on tokens of `hidden_size`; `options` are its constructor's arguments."""
+    head_class = pick(TOKEN_CLASSIFIERS, name, "token classifier")
+    options = options or {}
+    check_options(head_class, options, given=("hidden_size", "num_labels"), owner=f"the token classifier {name!r}")
+    return head_class(hidden_size, num_labels, **options)
