@@ -24,6 +24,8 @@ class VitweavePreTrainedModel(PreTrainedModel):
           and, after loading, by `_init_weights`;
         - a layer that starts otherwise than in transformers sets `initialises_itself = True` and draws its weights in
           `reset_parameters()`, with the functions of `transformers.initialization`;
+        - a module whose own parameters start at special values sets them, with `transformers.initialization`, in a
+          method `set_start_values()`, called by its `__init__` and by `_init_weights`;
         - a head computes its own loss. One that divides by `num_items_in_batch` sets `accepts_loss_kwargs = True`, and
           one that wants a loss of transformers sets `self.loss_type` after `super().__init__`;
         - `built_by` names the class method that builds it from another family's checkpoint.
@@ -111,6 +113,8 @@ class VitweavePreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         if hasattr(module, "fill_buffers"):
             module.fill_buffers()
+        if hasattr(module, "set_start_values"):
+            module.set_start_values()
 
     def _own_buffers(self) -> list[tuple[str, Tensor]]:
         """Non-persistent buffers of our own modules: transformers gives them empty memory when it loads a model."""
