@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -98,11 +99,13 @@ class LayerFusion(nn.Module):
         if num_layers < 1:
             raise ValueError(f"expected at least one layer to fuse, got num_layers={num_layers}")
         self.num_layers, self.hidden_size = num_layers, hidden_size
-        self.needs, self.norm, self.direct = frozenset(needs), norm, direct
+        self.needs, self.norm_kind, self.direct = frozenset(needs), norm, direct
         if norm == "per_layer" and "cls" in self.needs:
             self.norm_cls = layer_norms(num_layers, hidden_size)
         if norm == "per_layer" and "patches" in self.needs:
             self.norm_patch = layer_norms(num_layers, hidden_size)
+        if norm == "per_layer" and "patch_means" in self.needs:
+            self.norm_mean = layer_norms(num_layers, hidden_size)
         for name in () if direct else residuals:
             self.register_parameter(f"gamma_{name}", nn.Parameter(torch.zeros(hidden_size)))
 
@@ -114,11 +117,16 @@ class LayerFusion(nn.Module):
 
     def normed_cls(self, tokens: LayerTokens) -> Tensor:
         """(batch, layers, hidden) after the norm of each layer."""
-        return apply_norms(self.norm_cls, tokens.cls) if self.norm == "per_layer" else tokens.cls
+        return apply_norms(self.norm_cls, tokens.cls) if self.norm_kind == "per_layer" else tokens.cls
 
     def normed_patches(self, tokens: LayerTokens) -> Tensor:
         """(batch, layers, patches, hidden) after the norm of each layer."""
-        return apply_norms(self.norm_patch, tokens.patches) if self.norm == "per_layer" else tokens.patches
+        return apply_norms(self.norm_patch, tokens.patches) if self.norm_kind == "per_layer" else tokens.patches
+
+    def normed_means(self, tokens: LayerTokens) -> Tensor:
+        """(batch, layers, hidden), the mean of the valid patches of each layer after the norm of that layer."""
+        means = tokens.mean_patches()
+        return apply_norms(self.norm_mean, means) if self.norm_kind == "per_layer" else means
 
     def residual(self, name: str, base: Tensor, fused: Tensor) -> Tensor:
         """`base + gamma_<name> * fused`, or `fused` alone in the direct form."""
@@ -139,6 +147,22 @@ class ZeroLinear(nn.Linear):
         init.zeros_(self.weight)
         if self.bias is not None:
             init.zeros_(self.bias)
+
+
+class FeedForward(nn.Module):
+    """`fc2(gelu(fc1(x)))`.
+
+    Args:
+        last: the class of `fc2`, `ZeroLinear` for an output that starts at zero.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int, last: type[nn.Linear] = nn.Linear):
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.fc2 = last(hidden_features, out_features)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(hidden_states)))
 
 
 def layer_norms(num_layers: int, hidden_size: int) -> nn.ModuleList:
@@ -171,11 +195,3 @@ def check_choice(option: str, value: str, known: Collection[str]) -> None:
     """Refuse a value that an option does not have."""
     if value not in known:
         raise ValueError(f"expected {option} to be one of {sorted(known, key=str)}, got {value!r}")
-
-
-def check_heads(hidden_size: int, num_heads: int | None) -> int:
-    """The number of heads, which must divide the hidden size; None stands for one per 64 channels."""
-    num_heads = max(1, hidden_size // 64) if num_heads is None else num_heads
-    if num_heads < 1 or hidden_size % num_heads:
-        raise ValueError(f"expected num_heads to divide hidden_size={hidden_size}, got {num_heads}")
-    return num_heads

@@ -1,10 +1,22 @@
 """The layer fusions by name."""
 
+from vitweave.modeling.layer_fusion.attentive_probe import AttentiveProbeFusion
 from vitweave.modeling.layer_fusion.base import LayerFusion
+from vitweave.modeling.layer_fusion.concat import ConcatFusion
+from vitweave.modeling.layer_fusion.cross_layer_attention import CrossLayerAttentionFusion
+from vitweave.modeling.layer_fusion.film import FilmFusion
+from vitweave.modeling.layer_fusion.gated_sum import GatedSumFusion
+from vitweave.modeling.layer_fusion.layer_self_attention import LayerSelfAttentionFusion
 from vitweave.modeling.layer_fusion.weighted_sum import WeightedSumFusion
 from vitweave.modeling.options import check_options, pick
 
 LAYER_FUSIONS: dict[str, type[LayerFusion]] = {
+    "attentive_probe": AttentiveProbeFusion,
+    "concat": ConcatFusion,
+    "cross_layer_attention": CrossLayerAttentionFusion,
+    "film": FilmFusion,
+    "gated_sum": GatedSumFusion,
+    "layer_self_attention": LayerSelfAttentionFusion,
     "weighted_sum": WeightedSumFusion,
 }
 
