@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from reference_layer_fusion_1 import KINDS as LAYER_FUSION_KINDS_1
 from safetensors.torch import load_file
 from transformers import AttentionInterface
 
@@ -35,6 +36,7 @@ REFERENCE = Path(os.environ.get("VITWEAVE_REFERENCE_DIR") or Path(__file__).pare
 CASES = sorted(REFERENCE.glob("*/vectors/*.json"))
 TABLES = sorted(REFERENCE.glob("*/param_counts.json"))
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
+TOPIC_TOLERANCE = {"layer_fusion": {torch.float64: 1e-9, torch.float32: 2e-5}}
 
 
 class Case:
@@ -43,7 +45,7 @@ class Case:
     def __init__(self, path: Path, dtype: torch.dtype):
         self.sidecar = json.loads(path.read_text())
         self.kind, self.config = self.sidecar["kind"], self.sidecar.get("config", {})
-        self.dtype, self.tolerance = dtype, TOLERANCE[dtype]
+        self.dtype, self.tolerance = dtype, TOPIC_TOLERANCE.get(path.parts[-3], TOLERANCE)[dtype]
         self.tensors = {
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in load_file(path.with_suffix(".safetensors")).items()
@@ -289,6 +291,7 @@ KINDS = {
     "block": replay_block,
     "analysis": replay_analysis,
     "heads": replay_heads,
+    **LAYER_FUSION_KINDS_1,
 }
 
 
