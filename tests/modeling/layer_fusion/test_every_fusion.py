@@ -8,8 +8,10 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from fusion_tokens import random_tokens, trained
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from vitweave.modeling.layer_fusion.base import FusedTokens, LayerFusion, LayerTokens
@@ -247,6 +249,55 @@ def test_start_values_survive_a_model_around_the_fusion(name, options, tmp_path)
             module.set_start_values()
             for n, p in module.named_parameters(recurse=False):
                 assert torch.equal(p, before[n]) or 0.5 < p.std() / before[n].std() < 2, n
+
+
+@every_case
+def test_adapters_on_any_projection_are_trained(name, options):
+    fusion = trained(build(name, options))
+    targets = [n for n, module in fusion.named_modules() if isinstance(module, nn.Linear)]
+    if not targets:
+        pytest.skip("no linear layer")
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    adapted = inject_adapter_in_model(config, fusion)
+    loss_of(adapted, random_tokens()).backward()
+    found = {n: p.grad for n, p in adapted.named_parameters() if "lora_" in n}
+    assert len(found) == 2 * len(targets)
+    assert not [n for n, grad in found.items() if grad is None or not grad.any()]
+
+
+def example_macs(c: int = 768, n: int = 196, layers: int = 4) -> dict[str, list[tuple[dict, float]]]:
+    """Multiplications per image by the cost formulas of the methods, at ViT-B/16's size, C = 768, N = 196, L = 4."""
+    heads, mlp = c // 64, 2 * 4 * c * c
+    return {
+        "attentive_probe": [({}, 2 * layers * 4 * c * c + 4 * c * c)],
+        "concat": [({}, layers * c * c), ({"dense": True}, (n + 1) * layers * c * c)],
+        "cross_layer_attention": [
+            ({}, 2 * layers * n * c * heads + 4 * c * c + mlp),
+            ({"mlp_ratio": 0, "folded": False}, 2 * layers * n * c * c + 2 * c * c),
+        ],
+        "film": [({}, c * c // 4 + c // 4 * 2 * layers * c + c * c + layers * n * c)],
+        "gated_sum": [({}, layers * c * c // 4)],
+        "layer_self_attention": [({}, (layers + 1) * 12 * c * c)],
+        "weighted_sum": [({}, layers * c), ({"dense": True}, layers * c * (n + 1))],
+    }
+
+
+EXAMPLES = [(name, options, macs) for name, rows in example_macs().items() for options, macs in rows]
+
+
+@pytest.mark.parametrize(("name", "options", "macs"), EXAMPLES, ids=[f"{n}-{o}" for n, o, _ in EXAMPLES])
+def test_costs_what_the_formula_says(name, options, macs):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        fusion = build_layer_fusion(name, 4, 768, options)
+        tokens = LayerTokens(
+            torch.empty(1, 4, 768), torch.empty(1, 4, 196, 768), (14, 14), torch.empty(1, 768), torch.empty(1, 196, 768)
+        )
+        fusion(tokens)
+    assert counter.get_total_flops() / 2 == pytest.approx(macs, rel=0.03)
+
+
+def test_every_fusion_has_a_cost():
+    assert example_macs().keys() == LAYER_FUSIONS.keys()
 
 
 class FromTensors(nn.Module):

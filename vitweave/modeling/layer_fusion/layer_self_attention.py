@@ -58,7 +58,7 @@ class LayerSelfAttentionFusion(LayerFusion):
     def sequence(self, tokens: LayerTokens) -> Tensor:
         """(batch, [1 +] layers or 2 * layers, hidden): the fuse token, the [CLS] tokens, the means; each by layer."""
         states = self.normed_cls(tokens) + self.layer_embed
-        parts = [self.fuse_token.expand(len(states), 1, -1)] if self.readout == "fuse" else []
+        parts = [self.fuse_token.expand(states.shape[0], 1, -1)] if self.readout == "fuse" else []
         parts.append(states)
         if "patch_means" in self.needs:
             parts.append(self.normed_means(tokens) + self.layer_embed)
