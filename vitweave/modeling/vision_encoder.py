@@ -41,6 +41,8 @@ class VisionFeatures:
         pooled: (batch, pooled size), what the model itself returns as `pooler_output` (RADIO: its summary); where it
             returns none, the class token after the final norm, and without one the mean of the patches after it.
             None where the last layer was not asked for, because nothing behind the deepest layer asked for is run.
+        final: class tokens, registers and patches of the last layer after the final norm (what the model itself returns
+            as `last_hidden_state`), whatever `final_norm` says; only on request.
     """
 
     layers: tuple[int, ...]
@@ -49,6 +51,7 @@ class VisionFeatures:
     patches: tuple[Tensor, ...]
     grids: tuple[tuple[int, int], ...]
     pooled: Tensor | None = None
+    final: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def cls(self) -> tuple[Tensor | None, ...]:
@@ -79,6 +82,7 @@ class VisionEncoder(nn.Module):
         layers: which layers to return; negative ones count from the last and are stored absolute in `self.layers`.
         final_norm: apply the model's final norm to every layer returned, on the tokens to which the model itself
             applies it (CLIP: the class token). In hierarchical models it fits the last layer only.
+        keep_final: return `VisionFeatures.final`; the last layer must be among `layers`.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class VisionEncoder(nn.Module):
         config_or_model: PreTrainedConfig | dict | PreTrainedModel,
         layers: Sequence[int] = (-1,),
         final_norm: bool = True,
+        keep_final: bool = False,
     ):
         super().__init__()
         if isinstance(config_or_model, nn.Module):
@@ -98,7 +103,9 @@ class VisionEncoder(nn.Module):
         self.family = family_of(model.config)
         self.facts: EncoderFacts = self.family.facts(model)
         self.layers = self.facts.resolve_layers(layers)
-        self.final_norm = final_norm
+        self.final_norm, self.keep_final = final_norm, keep_final
+        if keep_final and self.num_layers not in self.layers:
+            raise ValueError(f"keep_final=True needs the last layer, {self.num_layers}, among the layers {self.layers}")
 
     @classmethod
     def from_pretrained(
@@ -152,7 +159,12 @@ class VisionEncoder(nn.Module):
         states, pooled = self.family.run(self.model, self.facts, pixels, self.layers, self.final_norm)
         parts = [self.split(state, pixels.shape[-2:], layer) for state, layer in zip(states, self.layers, strict=True)]
         class_tokens, registers, patches, grids = zip(*parts, strict=True)
-        return VisionFeatures(self.layers, class_tokens, registers, patches, grids, pooled)
+        final = None
+        if self.keep_final:
+            last = states[self.layers.index(self.num_layers)]
+            last = last if self.final_norm else self.family.norm(self.model, last)
+            final = self.split(last, pixels.shape[-2:], self.num_layers)[:3]
+        return VisionFeatures(self.layers, class_tokens, registers, patches, grids, pooled, final)
 
     def check(self, pixel_values: Tensor):
         """Refuse images the model cannot take."""

@@ -67,3 +67,7 @@ class Timm(VisionFamily):
             states = [torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1) for patches, prefix in states]
         kept = dict(zip(in_order, states, strict=True))
         return [kept[layer] for layer in layers], pooled
+
+    def norm(self, model, hidden_states):
+        norm = getattr(model.timm_model, "norm", None)  # of a ViT; the maps of other models stay as they are
+        return norm(hidden_states) if norm is not None and hidden_states.ndim == 3 else hidden_states

@@ -1,0 +1,133 @@
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    SwinConfig,
+    ViTConfig,
+    ViTModel,
+)
+
+from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
+from vitweave.modeling.layer_fusion.registry import LAYER_FUSIONS
+from vitweave.modeling.modeling_layer_fusion import LayerFusionForImageClassification, LayerFusionModel
+from vitweave.modeling.own_models import build_model
+
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+HOSTS = {
+    "vit": (ViTModel, ViTConfig),
+    "dinov2": (Dinov2Model, Dinov2Config),
+    "clip": (CLIPVisionModel, CLIPVisionConfig),
+    "siglip": (SiglipVisionModel, SiglipVisionConfig),
+}
+PIXELS = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def host(kind: str):
+    model_class, config_class = HOSTS[kind]
+    options = {name: value for name, value in TINY.items() if kind != "dinov2" or name != "intermediate_size"}
+    return model_class(config_class(**options)).eval()
+
+
+def specialised() -> dict:
+    options = {name: value for name, value in TINY.items() if name != "intermediate_size"}
+    return {"model_type": "specialized_vit", "mlp_ratio": 2, "use_mask_token": False, **options}
+
+
+@pytest.mark.parametrize("fusion_type", sorted(LAYER_FUSIONS))
+@pytest.mark.parametrize("kind", HOSTS)
+def test_fusing_a_pretrained_encoder_changes_nothing_at_first(kind, fusion_type):
+    encoder = host(kind)
+    expected = encoder(PIXELS)
+    fused = LayerFusionModel.from_encoder(encoder, fusion_type=fusion_type).eval()(PIXELS)
+    assert torch.equal(fused.pooler_output, expected.pooler_output)
+    assert torch.equal(fused.last_hidden_state[:, 1:], expected.last_hidden_state[:, 1:])
+
+
+def test_saves_and_loads_the_layers_and_the_weights(tmp_path):
+    config = LayerFusionConfig(encoder_config=specialised(), layers=[1, -1], fusion_type="concat", num_labels=3)
+    model = LayerFusionForImageClassification(config).eval()
+    with torch.no_grad():
+        model.layer_fusion.fusion.gamma_global.fill_(0.3)
+    model.save_pretrained(tmp_path)
+    loaded = LayerFusionForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.layers == [1, 4]
+    assert torch.equal(loaded(PIXELS).logits, model(PIXELS).logits)
+    base = LayerFusionModel.from_pretrained(tmp_path)
+    assert torch.equal(base(PIXELS).pooler_output, model.layer_fusion(PIXELS).pooler_output)
+
+
+def test_presets_and_layers_outside_the_encoder():
+    def layers(value, **changes):
+        return LayerFusionConfig(encoder_config=specialised() | changes, layers=value).layers
+
+    assert layers("quarters", num_hidden_layers=12) == [3, 6, 9, 12]
+    assert layers("quarters", num_hidden_layers=3) == [1, 2, 3]
+    assert layers("thirds", num_hidden_layers=12) == [4, 8, 12]
+    assert layers("last4", num_hidden_layers=6) == [3, 4, 5, 6]
+    assert layers("all") == [1, 2, 3, 4]
+    assert layers([-1, 0]) == [0, 4]
+    with pytest.raises(ValueError, match="layers"):
+        layers([5])
+    with pytest.raises(ValueError, match="unknown layer preset 'quaters'"):
+        layers("quaters")
+    with pytest.raises(ValueError):
+        layers("clip_3_18_23")
+
+
+def test_no_block_state_is_kept_that_the_fusion_does_not_read():
+    model = LayerFusionModel(LayerFusionConfig(encoder_config=specialised(), layers=[2], fusion_type="weighted_sum"))
+    assert model.encoder.layers == (2, 4)
+    features = model.encoder(PIXELS)
+    assert len(features.patches) == 2
+    tokens = model.layer_tokens(features)
+    assert tokens.patches is None and tokens.cls.shape == (2, 1, 32)
+
+
+def test_a_hierarchical_encoder_is_refused_with_the_reason():
+    swin = SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    with pytest.raises(ValueError, match="one width and one grid"):
+        LayerFusionModel(LayerFusionConfig(encoder_config=swin, layers=[1, 2]))
+
+
+def test_masked_patches_change_nothing_and_a_wrong_mask_is_refused():
+    torch.manual_seed(0)
+    config = LayerFusionConfig(encoder_config=specialised(), fusion_type="film")
+    model = LayerFusionModel(config).eval()
+    with torch.no_grad():
+        model.fusion.gamma_global.fill_(1.0)
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    torch.testing.assert_close(model(PIXELS, patch_mask=mask).pooler_output, model(PIXELS).pooler_output)
+    mask[:, :4] = False
+    assert not torch.allclose(model(PIXELS, patch_mask=mask).pooler_output, model(PIXELS).pooler_output, atol=1e-4)
+    with pytest.raises(ValueError, match="4x4=16 patches"):
+        model(PIXELS, patch_mask=mask[:, :5])
+
+
+def test_training_reaches_the_fusion_and_the_encoder():
+    torch.manual_seed(0)
+    config = LayerFusionConfig(encoder_config=specialised(), num_labels=3)
+    model = LayerFusionForImageClassification(config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(PIXELS, labels=torch.tensor([0, 2])).loss.backward()
+        optimizer.step()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_the_encoder_alone_can_be_built_from_its_config():
+    config = LayerFusionConfig(encoder_config=specialised())
+    assert (config.hidden_size, config.num_channels) == (32, 3)
+    assert build_model(config.encoder_config).config.hidden_size == 32

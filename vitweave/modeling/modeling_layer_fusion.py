@@ -1,0 +1,152 @@
+"""A vision encoder whose layers are fused, and an image classifier on it."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple
+
+from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
+from vitweave.modeling.layer_fusion.base import LayerTokens, mean_of_valid
+from vitweave.modeling.layer_fusion.registry import build_layer_fusion
+from vitweave.modeling.pretrained import VitweavePreTrainedModel
+from vitweave.modeling.vision_encoder import VisionEncoder, VisionFeatures, find_vision_model
+
+
+class LayerFusionPreTrainedModel(VitweavePreTrainedModel):
+    """Loading and initialisation shared by the layer-fusion classes."""
+
+    config: LayerFusionConfig
+    config_class = LayerFusionConfig
+    base_model_prefix = "layer_fusion"
+
+
+class LayerFusionModel(LayerFusionPreTrainedModel):
+    """The encoder with its layers fused; at the start its outputs are the encoder's own, bit for bit.
+
+    An encoder without class token (SigLIP) gives the mean of the patches of each layer in its place. What the fusion
+    improves is the encoder's pooled output, or, where that has another width, its class token after the final norm.
+
+    Args:
+        encoder: taken as it is, weights and all; None builds one from `config.encoder_config`.
+    """
+
+    def __init__(self, config: LayerFusionConfig, encoder: PreTrainedModel | None = None):
+        super().__init__(config)
+        shared = (config.fusion_options or {}).get("norm") == "shared"
+        whole = VisionEncoder(config.encoder_config if encoder is None else encoder)
+        layers = sorted({*config.layers, whole.num_layers})
+        self.encoder = VisionEncoder(whole.model, layers=layers, final_norm=shared, keep_final=True)
+        hidden_size = self.check_layers()
+        self.fusion = build_layer_fusion(config.fusion_type, len(config.layers), hidden_size, config.fusion_options)
+        self.post_init()
+
+    @classmethod
+    def from_encoder(cls, encoder: PreTrainedModel, **options) -> "LayerFusionModel":
+        """Fuse the layers of a loaded vision model, whose weights are kept.
+
+        Args:
+            encoder: any vision model, or one with a vision part (CLIP).
+            options: fields of `LayerFusionConfig`: `layers`, `fusion_type`, `fusion_options`.
+        """
+        encoder = find_vision_model(encoder)
+        implementation = encoder.config._attn_implementation
+        config = LayerFusionConfig(encoder_config=encoder.config, attn_implementation=implementation, **options)
+        for module in encoder.modules():
+            module._is_hf_initialized = True  # otherwise modules without the mark, e.g. new adapters, are drawn anew
+        model = cls(config, encoder)
+        model.fusion.to(device=encoder.device, dtype=encoder.dtype)
+        return model
+
+    def check_layers(self) -> int:
+        """The width that all fused layers share; layers of different width or grid are refused."""
+        facts, layers = self.encoder.facts, self.config.layers
+        sizes = {(facts.hidden_sizes[layer], facts.strides[layer]) for layer in (*layers, facts.num_layers)}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"expected layers of one width and one grid, got {sorted(sizes)} (channels, stride) for the layers"
+                f" {list(layers)} and the last, {facts.num_layers}; of a hierarchical encoder choose layers of the last"
+                " stage, or use the maps of its backbone"
+            )
+        return sizes.pop()[0]
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, patch_mask: Tensor | None = None, output_attentions: bool = False, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            patch_mask: (batch, patches), True where a patch shows the image, not padding; read by the fusion.
+            output_attentions: return what the fusion attended to, where it attends.
+
+        Returns:
+            pooler_output (batch, hidden), fused; last_hidden_state (batch, tokens, hidden), the encoder's own with
+            fused patches where the fusion is dense; attentions of the fusion.
+        """
+        features = self.encoder(pixel_values)
+        tokens = self.layer_tokens(features, patch_mask)
+        fused = self.fusion(tokens, output_attentions)
+        patches = tokens.base_patches if fused.patches is None else fused.patches
+        return BaseModelOutputWithPooling(
+            last_hidden_state=torch.cat([*features.final[:2], patches], dim=1),
+            pooler_output=fused.pooled,
+            attentions=None if fused.attentions is None else (fused.attentions,),
+        )
+
+    def layer_tokens(self, features: VisionFeatures, patch_mask: Tensor | None = None) -> LayerTokens:
+        """What the fusion reads of the encoder's features."""
+        chosen = [features.layers.index(layer) for layer in self.config.layers]
+        grid, needs = features.grids[-1], self.fusion.needs
+        if patch_mask is not None and patch_mask.shape[1:] != (grid[0] * grid[1],):
+            raise ValueError(
+                f"expected a patch_mask (batch, {grid[0]}x{grid[1]}={grid[0] * grid[1]} patches), got the shape"
+                f" {tuple(patch_mask.shape)}"
+            )
+        class_tokens, _, base_patches = features.final
+        cls = [features.cls[index] for index in chosen]
+        means = [None] * len(chosen)
+        if "patch_means" in needs or cls[0] is None:
+            means = [mean_of_valid(features.patches[index], patch_mask) for index in chosen]
+        base_cls = features.pooled
+        if base_cls.shape[1] != self.fusion.hidden_size:
+            base_cls = class_tokens[:, 0] if class_tokens.shape[1] else mean_of_valid(base_patches, patch_mask)
+        return LayerTokens(
+            cls=torch.stack(means if cls[0] is None else cls, dim=1),
+            patches=torch.stack([features.patches[index] for index in chosen], dim=1) if "patches" in needs else None,
+            grid=grid,
+            base_cls=base_cls,
+            base_patches=base_patches,
+            patch_mask=patch_mask,
+            patch_means=torch.stack(means, dim=1) if "patch_means" in needs else None,
+        )
+
+
+class LayerFusionForImageClassification(LayerFusionPreTrainedModel):
+    """Linear classifier on the fused embedding."""
+
+    accepts_loss_kwargs = True  # the loss below divides by num_items_in_batch
+
+    def __init__(self, config: LayerFusionConfig):
+        super().__init__(config)
+        self.loss_type = "ForImageClassification"
+        self.layer_fusion = LayerFusionModel(config)
+        hidden_size = self.layer_fusion.fusion.hidden_size
+        self.classifier = nn.Linear(hidden_size, config.num_labels) if config.num_labels else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, patch_mask: Tensor | None = None, **kwargs
+    ) -> ImageClassifierOutput:
+        """Classify images (batch, channels, height, width); labels (batch,) are class ids.
+
+        Returns:
+            logits (batch, num_labels), and the loss when labels are given.
+        """
+        loss_options = {key: kwargs.pop(key) for key in ("num_items_in_batch",) if key in kwargs}
+        outputs = self.layer_fusion(pixel_values, patch_mask=patch_mask, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **loss_options)
+        return ImageClassifierOutput(loss=loss, logits=logits, attentions=outputs.attentions)
