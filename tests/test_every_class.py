@@ -11,9 +11,11 @@ from transformers import Dinov2Config, Trainer, TrainingArguments, pipeline
 
 from vitweave.auto import FAMILIES
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
+from vitweave.modeling.modeling_layer_fusion import LayerFusionForImageClassification, LayerFusionModel
 from vitweave.modeling.modeling_specialized_vit import (
     SpecializedViTBackbone,
     SpecializedViTForImageClassification,
@@ -57,7 +59,7 @@ class Subject:
 
     def labels(self, pixels: torch.Tensor) -> dict:
         generator = torch.Generator().manual_seed(5)
-        if self.model_class is SpecializedViTForImageClassification:
+        if self.model_class in (SpecializedViTForImageClassification, LayerFusionForImageClassification):
             return {"labels": torch.randint(0, 3, pixels.shape[:1], generator=generator)}
         if self.model_class is DensePredictorForSemanticSegmentation:
             return {"labels": torch.randint(0, 3, (pixels.shape[0], *pixels.shape[2:]), generator=generator)}
@@ -78,6 +80,14 @@ def dense(backbone: Callable, head_type: str, **changes) -> Callable:
 
 def dinov2(**changes) -> Dinov2Config:
     return Dinov2Config(**TINY | changes)
+
+
+def fused(fusion_type: str, encoder: Callable = vit, **fields) -> Callable:
+    def config(**changes) -> LayerFusionConfig:
+        facts = {"fusion_type": fusion_type, "layers": [1, 3], "num_labels": 3} | fields | changes
+        return LayerFusionConfig(encoder_config=encoder(), **facts)
+
+    return config
 
 
 DEEPEST_CLS = tuple(
@@ -107,6 +117,13 @@ SUBJECTS = {
         SpecializedViTForImageClassification,
         lambda **changes: vit(classifier_input="cls_mean", **changes),
         "image-classification",
+    ),
+    "fused": Subject(LayerFusionModel, fused("attentive_probe"), "image-feature-extraction"),
+    "fused-dense": Subject(
+        LayerFusionModel, fused("cross_layer_attention", fusion_options={"num_heads": 4, "dense": True})
+    ),
+    "fused-classifier": Subject(
+        LayerFusionForImageClassification, fused("cross_layer_attention"), "image-classification"
     ),
     "segmenter-linear": Subject(
         DensePredictorForSemanticSegmentation, dense(vit, "linear"), "image-segmentation", DEEPEST_CLS
@@ -289,7 +306,7 @@ class Images(torch.utils.data.Dataset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SUBJECTS if name.startswith(("classifier", "segmenter", "depth"))])
+@pytest.mark.parametrize("name", [name for name in SUBJECTS if name.startswith(("classifier", "fused-classifier", "segmenter", "depth"))])
 def test_trainer_resumes_exactly(name, tmp_path):
     subject = SUBJECTS[name]
     options = {

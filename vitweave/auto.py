@@ -13,9 +13,11 @@ from transformers.models.auto.image_processing_auto import (
 )
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
+from vitweave.modeling.modeling_layer_fusion import LayerFusionForImageClassification, LayerFusionModel
 from vitweave.modeling.modeling_specialized_vit import (
     SpecializedViTBackbone,
     SpecializedViTForImageClassification,
@@ -35,6 +37,11 @@ FAMILIES = (
             AutoBackbone: SpecializedViTBackbone,
             AutoModelForImageClassification: SpecializedViTForImageClassification,
         },
+        None,
+    ),
+    (
+        LayerFusionConfig,
+        {AutoModel: LayerFusionModel, AutoModelForImageClassification: LayerFusionForImageClassification},
         None,
     ),
     (
