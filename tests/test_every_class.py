@@ -15,7 +15,11 @@ from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
-from vitweave.modeling.modeling_layer_fusion import LayerFusionForImageClassification, LayerFusionModel
+from vitweave.modeling.modeling_layer_fusion import (
+    LayerFusionBackbone,
+    LayerFusionForImageClassification,
+    LayerFusionModel,
+)
 from vitweave.modeling.modeling_specialized_vit import (
     SpecializedViTBackbone,
     SpecializedViTForImageClassification,
@@ -121,6 +125,9 @@ SUBJECTS = {
     "fused": Subject(LayerFusionModel, fused("attentive_probe"), "image-feature-extraction"),
     "fused-dense": Subject(
         LayerFusionModel, fused("cross_layer_attention", fusion_options={"num_heads": 4, "dense": True})
+    ),
+    "fused-backbone": Subject(
+        LayerFusionBackbone, fused("film"), unread=("fusion.gamma_global", "fusion.proj.weight", "fusion.proj.bias")
     ),
     "fused-classifier": Subject(
         LayerFusionForImageClassification, fused("cross_layer_attention"), "image-classification"

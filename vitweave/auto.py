@@ -17,7 +17,11 @@ from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
-from vitweave.modeling.modeling_layer_fusion import LayerFusionForImageClassification, LayerFusionModel
+from vitweave.modeling.modeling_layer_fusion import (
+    LayerFusionBackbone,
+    LayerFusionForImageClassification,
+    LayerFusionModel,
+)
 from vitweave.modeling.modeling_specialized_vit import (
     SpecializedViTBackbone,
     SpecializedViTForImageClassification,
@@ -41,7 +45,11 @@ FAMILIES = (
     ),
     (
         LayerFusionConfig,
-        {AutoModel: LayerFusionModel, AutoModelForImageClassification: LayerFusionForImageClassification},
+        {
+            AutoModel: LayerFusionModel,
+            AutoBackbone: LayerFusionBackbone,
+            AutoModelForImageClassification: LayerFusionForImageClassification,
+        },
         None,
     ),
     (

@@ -14,7 +14,12 @@ from transformers import (
 
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.modeling.layer_fusion.registry import LAYER_FUSIONS
-from vitweave.modeling.modeling_layer_fusion import LayerFusionForImageClassification, LayerFusionModel
+from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
+from vitweave.modeling.modeling_layer_fusion import (
+    LayerFusionBackbone,
+    LayerFusionForImageClassification,
+    LayerFusionModel,
+)
 from vitweave.modeling.own_models import build_model
 
 TINY = {
@@ -125,6 +130,32 @@ def test_training_reaches_the_fusion_and_the_encoder():
         model(PIXELS, labels=torch.tensor([0, 2])).loss.backward()
         optimizer.step()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_the_backbone_gives_the_fused_patches_as_a_map(tmp_path):
+    config = LayerFusionConfig(encoder_config=specialised(), fusion_type="film")
+    model = LayerFusionModel(config).eval()
+    with torch.no_grad():
+        model.fusion.gamma_patch.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    backbone = LayerFusionBackbone.from_pretrained(tmp_path, out_indices=[0])
+    assert (backbone.channels, backbone.out_features) == ([32], ["map1"])
+    (feature_map,) = backbone(PIXELS).feature_maps
+    patches = feature_map.flatten(2).transpose(1, 2)
+    assert torch.equal(patches, model(PIXELS).last_hidden_state[:, 1:])
+    segmenter = DensePredictorForSemanticSegmentation.from_backbone(backbone, num_labels=3)
+    assert segmenter(PIXELS).logits.shape == (2, 3, 32, 32)
+    segmenter.save_pretrained(tmp_path / "segmenter")
+    loaded = DensePredictorForSemanticSegmentation.from_pretrained(tmp_path / "segmenter")
+    assert torch.equal(loaded(PIXELS).logits, segmenter.eval()(PIXELS).logits)
+
+
+def test_a_backbone_needs_a_fusion_of_patches_and_maps_that_exist():
+    with pytest.raises(ValueError, match="'concat' with the options None fuses no patches"):
+        LayerFusionBackbone(LayerFusionConfig(encoder_config=specialised(), fusion_type="concat"))
+    config = LayerFusionConfig(encoder_config=specialised(), fusion_type="film", out_features=["map2"])
+    with pytest.raises(ValueError, match="map2"):
+        LayerFusionBackbone(config)
 
 
 def test_the_encoder_alone_can_be_built_from_its_config():

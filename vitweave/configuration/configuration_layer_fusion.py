@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
 
 from vitweave.configuration.configuration_base import VitweaveConfig
 from vitweave.configuration.encoder_configs import resolve_config
@@ -13,7 +14,7 @@ LAYER_PRESETS = ("quarters", "thirds", "last4", "all", "clip_3_18_23")
 
 
 @strict
-class LayerFusionConfig(VitweaveConfig):
+class LayerFusionConfig(BackboneConfigMixin, VitweaveConfig):
     """A vision encoder whose `layers` are fused into one embedding, and patches where the fusion is dense.
 
     Args:
@@ -23,6 +24,8 @@ class LayerFusionConfig(VitweaveConfig):
             (CLIP-L, arXiv:2503.06063). Stored as absolute indices, shallow to deep.
         fusion_type: see `vitweave/modeling/layer_fusion/registry.py`.
         fusion_options: arguments of that fusion's constructor.
+        out_features / out_indices: which maps the backbone returns; None is all. How many there are depends on the
+            fusion, so they are named ("map1", ...) and checked when the backbone is built.
     """
 
     model_type = "layer_fusion_vision"
@@ -33,12 +36,24 @@ class LayerFusionConfig(VitweaveConfig):
     fusion_type: str = "attentive_probe"
     fusion_options: dict | None = None
     initializer_range: float = 0.02
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
 
     def __post_init__(self, **extra):
+        self.stage_names = None
+        extra.pop("stage_names", None)
+        self.set_output_features_output_indices(extra.pop("out_features", None), extra.pop("out_indices", None))
         encoder = resolve_config(self.encoder_config or {"model_type": "specialized_vit"}, role="encoder_config")
         self.encoder_config = vision_part(encoder)
         self.layers = self.chosen_layers(self.layers)
         super().__post_init__(**extra)
+
+    def set_output_features_output_indices(self, out_features: list | None, out_indices: list | None):
+        """As in transformers once a backbone has named its maps; until then the choice is only kept."""
+        if self.stage_names is not None:
+            return super().set_output_features_output_indices(out_features, out_indices)
+        self._out_features = out_features
+        self._out_indices = None if out_indices is None else list(out_indices)
 
     def chosen_layers(self, layers: str | Sequence[int]) -> list[int]:
         """Absolute layer indices, shallow to deep."""

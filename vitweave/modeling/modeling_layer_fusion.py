@@ -1,15 +1,17 @@
-"""A vision encoder whose layers are fused, and an image classifier on it."""
+"""A vision encoder whose layers are fused: as a model, as a backbone, and under an image classifier."""
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
-from vitweave.modeling.layer_fusion.base import LayerTokens, mean_of_valid
+from vitweave.modeling.layer_fusion.base import FusedTokens, LayerTokens, mean_of_valid
 from vitweave.modeling.layer_fusion.registry import build_layer_fusion
 from vitweave.modeling.pretrained import VitweavePreTrainedModel
+from vitweave.modeling.tokens import tokens_to_map
 from vitweave.modeling.vision_encoder import VisionEncoder, VisionFeatures, find_vision_model
 
 
@@ -21,8 +23,8 @@ class LayerFusionPreTrainedModel(VitweavePreTrainedModel):
     base_model_prefix = "layer_fusion"
 
 
-class LayerFusionModel(LayerFusionPreTrainedModel):
-    """The encoder with its layers fused; at the start its outputs are the encoder's own, bit for bit.
+class LayerFusionTrunk(LayerFusionPreTrainedModel):
+    """The encoder and the fusion of its layers, shared by the model and the backbone.
 
     An encoder without class token (SigLIP) gives the mean of the patches of each layer in its place. What the fusion
     improves is the encoder's pooled output, or, where that has another width, its class token after the final norm.
@@ -39,10 +41,9 @@ class LayerFusionModel(LayerFusionPreTrainedModel):
         self.encoder = VisionEncoder(whole.model, layers=layers, final_norm=shared, keep_final=True)
         hidden_size = self.check_layers()
         self.fusion = build_layer_fusion(config.fusion_type, len(config.layers), hidden_size, config.fusion_options)
-        self.post_init()
 
     @classmethod
-    def from_encoder(cls, encoder: PreTrainedModel, **options) -> "LayerFusionModel":
+    def from_encoder(cls, encoder: PreTrainedModel, **options) -> "LayerFusionTrunk":
         """Fuse the layers of a loaded vision model, whose weights are kept.
 
         Args:
@@ -70,30 +71,13 @@ class LayerFusionModel(LayerFusionPreTrainedModel):
             )
         return sizes.pop()[0]
 
-    @can_return_tuple
-    def forward(
-        self, pixel_values: Tensor, patch_mask: Tensor | None = None, output_attentions: bool = False, **kwargs
-    ) -> BaseModelOutputWithPooling:
-        """Encode images.
-
-        Args:
-            pixel_values: (batch, channels, height, width).
-            patch_mask: (batch, patches), True where a patch shows the image, not padding; read by the fusion.
-            output_attentions: return what the fusion attended to, where it attends.
-
-        Returns:
-            pooler_output (batch, hidden), fused; last_hidden_state (batch, tokens, hidden), the encoder's own with
-            fused patches where the fusion is dense; attentions of the fusion.
-        """
+    def fuse(
+        self, pixel_values: Tensor, patch_mask: Tensor | None, output_attentions: bool
+    ) -> tuple[VisionFeatures, LayerTokens, FusedTokens]:
+        """What the encoder returns for (batch, channels, height, width), what the fusion reads, what it returns."""
         features = self.encoder(pixel_values)
         tokens = self.layer_tokens(features, patch_mask)
-        fused = self.fusion(tokens, output_attentions)
-        patches = tokens.base_patches if fused.patches is None else fused.patches
-        return BaseModelOutputWithPooling(
-            last_hidden_state=torch.cat([*features.final[:2], patches], dim=1),
-            pooler_output=fused.pooled,
-            attentions=None if fused.attentions is None else (fused.attentions,),
-        )
+        return features, tokens, self.fusion(tokens, output_attentions)
 
     def layer_tokens(self, features: VisionFeatures, patch_mask: Tensor | None = None) -> LayerTokens:
         """What the fusion reads of the encoder's features."""
@@ -120,6 +104,76 @@ class LayerFusionModel(LayerFusionPreTrainedModel):
             base_patches=base_patches,
             patch_mask=patch_mask,
             patch_means=torch.stack(means, dim=1) if "patch_means" in needs else None,
+        )
+
+
+class LayerFusionModel(LayerFusionTrunk):
+    """The encoder with its layers fused; at the start its outputs are the encoder's own, bit for bit."""
+
+    def __init__(self, config: LayerFusionConfig, encoder: PreTrainedModel | None = None):
+        super().__init__(config, encoder)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, patch_mask: Tensor | None = None, output_attentions: bool = False, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            patch_mask: (batch, patches), True where a patch shows the image, not padding; read by the fusion.
+            output_attentions: return what the fusion attended to, where it attends.
+
+        Returns:
+            pooler_output (batch, hidden), fused; last_hidden_state (batch, tokens, hidden), the encoder's own with
+            fused patches where the fusion is dense; attentions of the fusion.
+        """
+        features, tokens, fused = self.fuse(pixel_values, patch_mask, output_attentions)
+        patches = tokens.base_patches if fused.patches is None else fused.patches
+        return BaseModelOutputWithPooling(
+            last_hidden_state=torch.cat([*features.final[:2], patches], dim=1),
+            pooler_output=fused.pooled,
+            attentions=None if fused.attentions is None else (fused.attentions,),
+        )
+
+
+class LayerFusionBackbone(BackboneMixin, LayerFusionTrunk):
+    """The maps of a fusion that fuses patches: its pyramid, fine to coarse, or its patches as one map."""
+
+    def __init__(self, config: LayerFusionConfig, encoder: PreTrainedModel | None = None):
+        super().__init__(config, encoder)
+        channels = self.fusion.map_channels
+        if not channels:
+            raise ValueError(
+                f"the layer fusion {config.fusion_type!r} with the options {config.fusion_options} fuses no patches, so"
+                " it has no maps for a backbone; use one that does (dense=True where it is an option, 'film', 'fpn')"
+            )
+        self.stage_names = config.stage_names = [f"map{index + 1}" for index in range(len(channels))]
+        self.num_features = list(channels)
+        nothing_chosen = config.out_features is None and config.out_indices is None
+        config.set_output_features_output_indices(
+            self.stage_names if nothing_chosen else config.out_features, config.out_indices
+        )
+        self.post_init()
+
+    def _init_transformers_backbone(self) -> None:
+        """Called before there is a fusion, which alone knows its maps."""
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, patch_mask: Tensor | None = None, output_attentions: bool = False, **kwargs
+    ) -> BackboneOutput:
+        """Encode images (batch, channels, height, width).
+
+        Returns:
+            feature_maps, one per out index: (batch, channels, height_k, width_k); attentions of the fusion.
+        """
+        _, tokens, fused = self.fuse(pixel_values, patch_mask, output_attentions)
+        maps = fused.feature_maps or (tokens_to_map(fused.patches, tokens.grid).contiguous(),)
+        return BackboneOutput(
+            feature_maps=tuple(maps[self.stage_names.index(name)] for name in self.out_features),
+            attentions=None if fused.attentions is None else (fused.attentions,),
         )
 
 

@@ -192,6 +192,14 @@ def test_the_direct_form_has_no_gammas_and_shows_the_layers_at_once(name, option
 
 
 @every_case
+def test_the_fusion_says_which_maps_it_gives(name, options):
+    fusion, tokens = build(name, options), random_tokens()
+    fused = fusion(tokens)
+    maps = fused.feature_maps or (() if fused.patches is None else (fused.patches.transpose(1, 2),))
+    assert fusion.map_channels == tuple(feature_map.shape[1] for feature_map in maps)
+
+
+@every_case
 def test_every_norm_is_taken(name, options):
     for norm in ("none", "shared", "per_layer"):
         fusion = trained(build(name, {**options, "norm": norm}))

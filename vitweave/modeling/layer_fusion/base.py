@@ -79,6 +79,10 @@ class LayerFusion(nn.Module):
     at special values has a method `set_start_values()` that sets them with `transformers.initialization` (which leaves
     loaded weights alone); the constructor calls it, and so does `_init_weights` of every vitweave model.
 
+    `map_channels` says which maps a backbone can take from the fusion: the channels of each of its `feature_maps`, or
+    of the fused patches as one map; empty where it fuses no patches. It follows from the read-out "patch", and a
+    fusion that returns its patches or maps otherwise sets it itself.
+
     Args:
         needs: what the fusion reads of `LayerTokens`: "cls", "patches", "patch_means".
         residuals: names of the read-outs, each with a `gamma_<name>`.
@@ -100,6 +104,7 @@ class LayerFusion(nn.Module):
             raise ValueError(f"expected at least one layer to fuse, got num_layers={num_layers}")
         self.num_layers, self.hidden_size = num_layers, hidden_size
         self.needs, self.norm_kind, self.direct = frozenset(needs), norm, direct
+        self.map_channels: tuple[int, ...] = (hidden_size,) if "patch" in residuals else ()
         if norm == "per_layer" and "cls" in self.needs:
             self.norm_cls = layer_norms(num_layers, hidden_size)
         if norm == "per_layer" and "patches" in self.needs:

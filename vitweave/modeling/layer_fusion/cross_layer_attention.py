@@ -56,6 +56,7 @@ class CrossLayerAttentionFusion(LayerFusion):
             raise ValueError(f"expected 1 query with query='cls' and 1 or more with 'learned', got {num_queries}")
         self.num_heads = check_heads(hidden_size, num_heads)
         self.num_queries, self.joint, self.dense, self.folded = num_queries, layers_as == "joint", dense, folded
+        self.map_channels = (hidden_size,) if dense else ()
         if query == "learned":
             self.query = nn.Parameter(torch.empty(num_queries, hidden_size))
         if self.joint:
