@@ -75,6 +75,11 @@ class LayerFusionConfig(BackboneConfigMixin, VitweaveConfig):
         return encoder_facts(self.encoder_config).hidden_sizes[self.layers[-1]]
 
     @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the encoder."""
+        return encoder_facts(self.encoder_config).num_layers
+
+    @property
     def num_channels(self) -> int:
         return encoder_facts(self.encoder_config).num_channels
 

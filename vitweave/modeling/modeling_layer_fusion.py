@@ -71,18 +71,37 @@ class LayerFusionTrunk(LayerFusionPreTrainedModel):
             )
         return sizes.pop()[0]
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.model.set_input_embeddings(value)
+
     def fuse(
-        self, pixel_values: Tensor, patch_mask: Tensor | None, output_attentions: bool
+        self,
+        pixel_values: Tensor,
+        patch_mask: Tensor | None,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
     ) -> tuple[VisionFeatures, LayerTokens, FusedTokens]:
-        """What the encoder returns for (batch, channels, height, width), what the fusion reads, what it returns."""
-        features = self.encoder(pixel_values)
+        """What the encoder returns for (batch, channels, height, width), what the fusion reads, what it returns.
+
+        The features are of every layer if hidden states are asked for, and of those that are fused otherwise.
+        """
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        features = self.encoder(pixel_values, all_layers=self.asks_for_states(output_hidden_states))
         tokens = self.layer_tokens(features, patch_mask)
-        return features, tokens, self.fusion(tokens, output_attentions)
+        return features, tokens, self.fusion(tokens, bool(output_attentions))
+
+    def asks_for_states(self, output_hidden_states: bool | None) -> bool:
+        """Whether the caller, or else the config, asks for the hidden states of the encoder."""
+        return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
 
     def layer_tokens(self, features: VisionFeatures, patch_mask: Tensor | None = None) -> LayerTokens:
         """What the fusion reads of the encoder's features."""
         chosen = [features.layers.index(layer) for layer in self.config.layers]
-        grid, needs = features.grids[-1], self.fusion.needs
+        grid, needs = features.grids[chosen[-1]], self.fusion.needs
         if patch_mask is not None and patch_mask.shape[1:] != (grid[0] * grid[1],):
             raise ValueError(
                 f"expected a patch_mask (batch, {grid[0]}x{grid[1]}={grid[0] * grid[1]} patches), got the shape"
@@ -116,7 +135,12 @@ class LayerFusionModel(LayerFusionTrunk):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, patch_mask: Tensor | None = None, output_attentions: bool = False, **kwargs
+        self,
+        pixel_values: Tensor,
+        patch_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode images.
 
@@ -127,13 +151,14 @@ class LayerFusionModel(LayerFusionTrunk):
 
         Returns:
             pooler_output (batch, hidden), fused; last_hidden_state (batch, tokens, hidden), the encoder's own with
-            fused patches where the fusion is dense; attentions of the fusion.
+            fused patches where the fusion is dense; attentions of the fusion; on request hidden_states of the encoder.
         """
-        features, tokens, fused = self.fuse(pixel_values, patch_mask, output_attentions)
+        features, tokens, fused = self.fuse(pixel_values, patch_mask, output_attentions, output_hidden_states)
         patches = tokens.base_patches if fused.patches is None else fused.patches
         return BaseModelOutputWithPooling(
             last_hidden_state=torch.cat([*features.final[:2], patches], dim=1),
             pooler_output=fused.pooled,
+            hidden_states=features.states if self.asks_for_states(output_hidden_states) else None,
             attentions=None if fused.attentions is None else (fused.attentions,),
         )
 
@@ -162,17 +187,24 @@ class LayerFusionBackbone(BackboneMixin, LayerFusionTrunk):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, patch_mask: Tensor | None = None, output_attentions: bool = False, **kwargs
+        self,
+        pixel_values: Tensor,
+        patch_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
     ) -> BackboneOutput:
         """Encode images (batch, channels, height, width).
 
         Returns:
-            feature_maps, one per out index: (batch, channels, height_k, width_k); attentions of the fusion.
+            feature_maps, one per out index: (batch, channels, height_k, width_k); attentions of the fusion; on
+            request hidden_states of the encoder.
         """
-        _, tokens, fused = self.fuse(pixel_values, patch_mask, output_attentions)
+        features, tokens, fused = self.fuse(pixel_values, patch_mask, output_attentions, output_hidden_states)
         maps = fused.feature_maps or (tokens_to_map(fused.patches, tokens.grid).contiguous(),)
         return BackboneOutput(
             feature_maps=tuple(maps[self.stage_names.index(name)] for name in self.out_features),
+            hidden_states=features.states if self.asks_for_states(output_hidden_states) else None,
             attentions=None if fused.attentions is None else (fused.attentions,),
         )
 
@@ -203,4 +235,6 @@ class LayerFusionForImageClassification(LayerFusionPreTrainedModel):
         outputs = self.layer_fusion(pixel_values, patch_mask=patch_mask, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **loss_options)
-        return ImageClassifierOutput(loss=loss, logits=logits, attentions=outputs.attentions)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )

@@ -27,6 +27,16 @@ HUB_OPTIONS = (
     "token",
 )  # where to load from
 
+# what a model around the encoder must know of it to be loaded and placed
+PASSED_ON = (
+    "_keep_in_fp32_modules",
+    "_keep_in_fp32_modules_strict",
+    "_no_split_modules",
+    "_skip_keys_device_placement",
+    "_keys_to_ignore_on_load_missing",
+    "_keys_to_ignore_on_load_unexpected",
+)
+
 
 @dataclass
 class VisionFeatures:
@@ -43,6 +53,7 @@ class VisionFeatures:
             None where the last layer was not asked for, because nothing behind the deepest layer asked for is run.
         final: class tokens, registers and patches of the last layer after the final norm (what the model itself returns
             as `last_hidden_state`), whatever `final_norm` says; only on request.
+        states: the layers as the model has them, not taken apart: (batch, tokens, hidden), or maps.
     """
 
     layers: tuple[int, ...]
@@ -52,6 +63,7 @@ class VisionFeatures:
     grids: tuple[tuple[int, int], ...]
     pooled: Tensor | None = None
     final: tuple[Tensor, Tensor, Tensor] | None = None
+    states: tuple[Tensor, ...] = ()
 
     @property
     def cls(self) -> tuple[Tensor | None, ...]:
@@ -106,6 +118,10 @@ class VisionEncoder(nn.Module):
         self.final_norm, self.keep_final = final_norm, keep_final
         if keep_final and self.num_layers not in self.layers:
             raise ValueError(f"keep_final=True needs the last layer, {self.num_layers}, among the layers {self.layers}")
+        for name in PASSED_ON:  # transformers gathers these from the direct children of a model
+            setattr(self, name, getattr(model, name, None))
+        tied = getattr(model, "all_tied_weights_keys", {})
+        self.all_tied_weights_keys = {f"model.{key}": f"model.{value}" for key, value in tied.items()}
 
     @classmethod
     def from_pretrained(
@@ -149,22 +165,24 @@ class VisionEncoder(nn.Module):
         """The grid of each layer asked for, for an image of `height` x `width` pixels."""
         return tuple(self.facts.grid_for(height, width, layer) for layer in self.layers)
 
-    def forward(self, pixel_values: Tensor) -> VisionFeatures:
+    def forward(self, pixel_values: Tensor, all_layers: bool = False) -> VisionFeatures:
         """
         Args:
             pixel_values: (batch, channels, height, width), normalised as the model's own processor does it.
+            all_layers: return every layer, not only those of `self.layers`.
         """
+        layers = tuple(range(self.facts.first_layer, self.num_layers + 1)) if all_layers else self.layers
         self.check(pixel_values)
         pixels = pixel_values.to(self.model.dtype)
-        states, pooled = self.family.run(self.model, self.facts, pixels, self.layers, self.final_norm)
-        parts = [self.split(state, pixels.shape[-2:], layer) for state, layer in zip(states, self.layers, strict=True)]
+        states, pooled = self.family.run(self.model, self.facts, pixels, layers, self.final_norm)
+        parts = [self.split(state, pixels.shape[-2:], layer) for state, layer in zip(states, layers, strict=True)]
         class_tokens, registers, patches, grids = zip(*parts, strict=True)
         final = None
         if self.keep_final:
-            last = states[self.layers.index(self.num_layers)]
+            last = states[layers.index(self.num_layers)]
             last = last if self.final_norm else self.family.norm(self.model, last)
             final = self.split(last, pixels.shape[-2:], self.num_layers)[:3]
-        return VisionFeatures(self.layers, class_tokens, registers, patches, grids, pooled, final)
+        return VisionFeatures(layers, class_tokens, registers, patches, grids, pooled, final, tuple(states))
 
     def check(self, pixel_values: Tensor):
         """Refuse images the model cannot take."""
