@@ -14,9 +14,15 @@ from transformers.utils import is_torchvision_available
 
 import vitweave  # noqa: F401  (registers the classes)
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
+from vitweave.modeling.modeling_layer_fusion import (
+    LayerFusionBackbone,
+    LayerFusionForImageClassification,
+    LayerFusionModel,
+)
 from vitweave.modeling.modeling_specialized_vit import (
     SpecializedViTBackbone,
     SpecializedViTForImageClassification,
@@ -140,6 +146,45 @@ def depth_predictor(name: str, backbone, head_type: str, **options) -> ModelSuit
     )
 
 
+def layer_fusion(name: str, encoder, fusion_type: str, backbone: bool = False, **options) -> ModelSuiteSpec:
+    skips = {
+        "test_attention_outputs": "the attentions are those of the fusion, not one per layer of the encoder",
+        "test_retain_grad_hidden_states_attentions": "the tokens do not depend on the fusion's attentions",
+    }
+    if backbone:
+        skips["test_backbone_stage_selection"] = "asks for the last two maps of one"
+        skips["test_config"] = "its maps are those of the fusion, not one per layer"
+    classifiers = [] if backbone else [LayerFusionForImageClassification]
+    return ModelSuiteSpec(
+        name=name,
+        config_class=LayerFusionConfig,
+        make_config=lambda: LayerFusionConfig(
+            encoder_config=encoder(), layers=[1, 2], fusion_type=fusion_type, fusion_options=options, num_labels=3
+        ),
+        make_inputs=lambda config: pixels(),
+        other_inputs=lambda config: pixels(2, (42, 24)),
+        # a fusion of patches has a read-out that a classifier would leave without gradient
+        model_classes=[LayerFusionBackbone] if backbone else [LayerFusionModel, *classifiers],
+        base_model_classes=[] if backbone else [LayerFusionModel],
+        backbone_classes=[LayerFusionBackbone] if backbone else [],
+        classification_classes=classifiers,
+        is_composite=True,
+        tester_attrs={"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "image_size": 30}
+        | {"seq_length": 26, "num_masks": 13, "mask_length": 25},
+        config_kwargs={"fusion_type": "concat"},
+        config_common_properties=["fusion_type"],
+        skips=skips,
+        overrides={"test_can_load_ignoring_mismatched_shapes": mismatched_shapes_with_switches},
+        pipelines={}
+        if backbone
+        else {
+            "image-classification": LayerFusionForImageClassification,
+            "image-feature-extraction": LayerFusionModel,
+        },
+        pipeline_image_processor=lambda: BitImageProcessorPil(size=SIZE, crop_size=SIZE),
+    )
+
+
 def tiny_dinov2() -> Dinov2Config:
     options = {name: value for name, value in TINY_VIT.items() if name != "attn_implementation"}
     return Dinov2Config(**options, out_indices=[1, 2])
@@ -158,6 +203,9 @@ def specs() -> list[ModelSuiteSpec]:
             proj_blocks="none",
             mlp_blocks="none",
         ),
+        layer_fusion("layer_fusion_probe", tiny_vit, "attentive_probe"),
+        layer_fusion("layer_fusion_dinov2", tiny_dinov2, "concat", include_mean_patch=True),
+        layer_fusion("layer_fusion_maps", tiny_dinov2, "cross_layer_attention", backbone=True, dense=True, num_heads=4),
         dense_predictor("dense_predictor", lambda: tiny_vit(out_indices=[1, 2]), "linear"),
         dense_predictor("dense_predictor_dinov2", tiny_dinov2, "mlp"),
         depth_predictor("depth_predictor", lambda: tiny_vit(out_indices=[1, 2]), "linear"),

@@ -313,7 +313,9 @@ class Images(torch.utils.data.Dataset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SUBJECTS if name.startswith(("classifier", "fused-classifier", "segmenter", "depth"))])
+@pytest.mark.parametrize(
+    "name", [n for n in SUBJECTS if n.startswith(("classifier", "fused-classifier", "segmenter", "depth"))]
+)
 def test_trainer_resumes_exactly(name, tmp_path):
     subject = SUBJECTS[name]
     options = {

@@ -106,6 +106,20 @@ def test_a_hierarchical_encoder_is_refused_with_the_reason():
         LayerFusionModel(LayerFusionConfig(encoder_config=swin, layers=[1, 2]))
 
 
+def test_hidden_states_are_the_encoders_and_can_be_chosen():
+    encoder = host("dinov2")
+    model = LayerFusionModel.from_encoder(encoder, layers=[2]).eval()
+    expected = encoder(PIXELS, output_hidden_states=True).hidden_states
+    found = model(PIXELS, output_hidden_states=True)
+    assert len(found.hidden_states) == 5
+    for state, wanted in zip(found.hidden_states, expected, strict=True):
+        torch.testing.assert_close(state, wanted)
+    chosen = model(PIXELS, output_hidden_states=[0, -1]).hidden_states
+    assert [state is None for state in chosen] == [False, True, True, True, False]
+    assert model(PIXELS, output_hidden_states=0).hidden_states[0] is not None
+    assert torch.equal(found.pooler_output, model(PIXELS).pooler_output)
+
+
 def test_masked_patches_change_nothing_and_a_wrong_mask_is_refused():
     torch.manual_seed(0)
     config = LayerFusionConfig(encoder_config=specialised(), fusion_type="film")

@@ -82,7 +82,7 @@ class LayerFusionTrunk(LayerFusionPreTrainedModel):
         pixel_values: Tensor,
         patch_mask: Tensor | None,
         output_attentions: bool | None,
-        output_hidden_states: bool | None,
+        output_hidden_states: bool | int | list[int] | None,
     ) -> tuple[VisionFeatures, LayerTokens, FusedTokens]:
         """What the encoder returns for (batch, channels, height, width), what the fusion reads, what it returns.
 
@@ -94,9 +94,22 @@ class LayerFusionTrunk(LayerFusionPreTrainedModel):
         tokens = self.layer_tokens(features, patch_mask)
         return features, tokens, self.fusion(tokens, bool(output_attentions))
 
-    def asks_for_states(self, output_hidden_states: bool | None) -> bool:
-        """Whether the caller, or else the config, asks for the hidden states of the encoder."""
-        return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+    def asks_for_states(self, output_hidden_states: bool | int | list[int] | None) -> bool:
+        """Whether the caller, or else the config, asks for hidden states of the encoder; 0 is a layer, not a no."""
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return asked is not None and asked is not False
+
+    def states_asked_for(
+        self, features: VisionFeatures, output_hidden_states: bool | int | list[int] | None
+    ) -> tuple[Tensor | None, ...] | None:
+        """The encoder's hidden states, None at those not asked for by index (a whole number, or several)."""
+        if not self.asks_for_states(output_hidden_states):
+            return None
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if asked is True:
+            return features.states
+        wanted = {index % len(features.states) for index in ([asked] if isinstance(asked, int) else asked)}
+        return tuple(state if index in wanted else None for index, state in enumerate(features.states))
 
     def layer_tokens(self, features: VisionFeatures, patch_mask: Tensor | None = None) -> LayerTokens:
         """What the fusion reads of the encoder's features."""
@@ -139,7 +152,7 @@ class LayerFusionModel(LayerFusionTrunk):
         pixel_values: Tensor,
         patch_mask: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode images.
@@ -158,7 +171,7 @@ class LayerFusionModel(LayerFusionTrunk):
         return BaseModelOutputWithPooling(
             last_hidden_state=torch.cat([*features.final[:2], patches], dim=1),
             pooler_output=fused.pooled,
-            hidden_states=features.states if self.asks_for_states(output_hidden_states) else None,
+            hidden_states=self.states_asked_for(features, output_hidden_states),
             attentions=None if fused.attentions is None else (fused.attentions,),
         )
 
@@ -182,6 +195,9 @@ class LayerFusionBackbone(BackboneMixin, LayerFusionTrunk):
         )
         self.post_init()
 
+    def post_init(self):
+        LayerFusionTrunk.post_init(self)  # BackboneMixin's would put hooks into the encoder, which cannot be compiled
+
     def _init_transformers_backbone(self) -> None:
         """Called before there is a fusion, which alone knows its maps."""
 
@@ -191,7 +207,7 @@ class LayerFusionBackbone(BackboneMixin, LayerFusionTrunk):
         pixel_values: Tensor,
         patch_mask: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         **kwargs,
     ) -> BackboneOutput:
         """Encode images (batch, channels, height, width).
@@ -204,7 +220,7 @@ class LayerFusionBackbone(BackboneMixin, LayerFusionTrunk):
         maps = fused.feature_maps or (tokens_to_map(fused.patches, tokens.grid).contiguous(),)
         return BackboneOutput(
             feature_maps=tuple(maps[self.stage_names.index(name)] for name in self.out_features),
-            hidden_states=features.states if self.asks_for_states(output_hidden_states) else None,
+            hidden_states=self.states_asked_for(features, output_hidden_states),
             attentions=None if fused.attentions is None else (fused.attentions,),
         )
 
