@@ -22,6 +22,7 @@ HIDDEN, LAYERS = 32, 3
 FILE = "model.safetensors"
 
 VARIANTS: dict[str, list[dict]] = {
+    "aspp": [{"map_norm": "batch", "rates": [1, 9]}],
     "attentive_probe": [{"num_heads": 2, "query": "cls"}],
     "concat": [
         {"dense": True, "include_mean_patch": True},
@@ -35,10 +36,25 @@ VARIANTS: dict[str, list[dict]] = {
         {"num_heads": 4, "dense": True},
         {"num_heads": 4, "folded": False, "layers_as": "per_layer"},
     ],
+    "efficient_attention": [{"groups": 4}, {"attention": "linear", "num_heads": 2}],
+    "fpn": [
+        {"style": "last", "out_channels": 8, "extra_level": True},
+        {"style": "dpt", "out_channels": 8},
+        {"style": "dpt", "out_channels": 8, "cls_readout": "ignore"},
+    ],
     "gated_sum": [{"granularity": "channel"}, {"gate": "sigmoid"}],
+    "graph": [
+        {"conv": "gatv2", "edges": "learned", "num_heads": 2, "mean_nodes": True, "layer_embedding": True},
+        {"conv": "gcn", "edges": "chain", "readout": "mean", "depth": 2},
+        {"edges": "star", "num_heads": 2, "head_merge": "mean"},
+    ],
     "layer_self_attention": [
         {"num_heads": 4, "depth": 2, "readout": "last", "reads": "cls+mean"},
         {"num_heads": 4, "readout": "mean", "norm_first": False},
+    ],
+    "recurrent": [
+        {"cell": "lstm", "on": "mean", "bidirectional": True, "depth": 2, "cell_size": 8},
+        {"cell": "rnn", "on": "patches", "cell_size": 8},
     ],
     "weighted_sum": [{"dense": True}, {"normalisation": "fast", "dense": True}, {"normalisation": "sum"}],
 }
@@ -112,9 +128,9 @@ def test_gamma_moves_first_and_then_everything_gets_a_gradient(name, options):
 
 @every_case
 def test_masked_patches_change_nothing(name, options):
-    fusion = trained(build(name, options)).eval()
+    fusion = trained(build(name, options)).double().eval()  # deep pyramids lose digits
     mask = torch.ones(2, 15, dtype=torch.bool)
-    tokens = random_tokens()
+    tokens = random_tokens(dtype=torch.float64)
     assert_same(fusion(replace(tokens, patch_mask=mask)), fusion(tokens))
     mask[0, 4:9], mask[1, 0] = False, False
     masked = replace(tokens, patch_mask=mask)
@@ -145,7 +161,7 @@ def test_any_grid_batch_and_number_of_layers(name, options, batch, layers, grid)
 
 @every_case
 def test_images_do_not_see_each_other(name, options):
-    fusion, tokens = trained(build(name, options)).eval(), random_tokens()
+    fusion, tokens = trained(build(name, options)).double().eval(), random_tokens(dtype=torch.float64)
     together = outputs_of(fusion(tokens))
     alone = outputs_of(fusion(random_slice(tokens)))
     for output, value in alone.items():
