@@ -343,7 +343,7 @@ def tensors_of(tokens: LayerTokens) -> tuple[torch.Tensor, ...]:
 @every_case
 def test_compiles_to_one_graph(name, options):
     torch.compiler.reset()
-    fusion, tokens = trained(build(name, options)).eval(), random_tokens()
+    fusion, tokens = trained(build(name, options)).double().eval(), random_tokens(dtype=torch.float64)
     compiled = torch.compile(fusion, fullgraph=True, backend="aot_eager")
     assert_same(compiled(tokens), fusion(tokens), rtol=1e-4, atol=1e-4)
 

@@ -146,7 +146,7 @@ class GraphConv(nn.Module):
         scale = adjacency.sum(dim=1).rsqrt()
         weights = scale[:, None] * adjacency * scale
         update = torch.einsum("ij,bjc->bic", weights, self.node_proj(nodes)) + self.bias
-        return update, weights[None, :, :, None].expand(len(nodes), -1, -1, 1)
+        return update, weights[None, :, :, None].expand(nodes.shape[0], -1, -1, 1)
 
 
 class GraphAttention(nn.Module):
