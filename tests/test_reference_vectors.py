@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference_layer_fusion_1 import KINDS as LAYER_FUSION_KINDS_1
+from reference_layer_fusion_2 import KINDS as LAYER_FUSION_KINDS_2
 from safetensors.torch import load_file
 from transformers import AttentionInterface
 
@@ -292,6 +293,7 @@ KINDS = {
     "analysis": replay_analysis,
     "heads": replay_heads,
     **LAYER_FUSION_KINDS_1,
+    **LAYER_FUSION_KINDS_2,
 }
 
 

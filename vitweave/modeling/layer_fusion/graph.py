@@ -84,11 +84,7 @@ class GraphFusion(LayerFusion):
             init.zeros_(self.edge_logits)  # all edges count equally
 
     def forward(self, tokens: LayerTokens, output_attentions: bool = False) -> FusedTokens:
-        nodes = self.nodes(tokens)  # (batch, nodes, hidden)
-        adjacency, attentions = self.adjacency(nodes), None
-        for conv in self.convs:
-            update, attentions = conv(nodes, adjacency)
-            nodes = nodes + F.elu(update)
+        nodes, attentions = self.pass_messages(self.nodes(tokens))
         pooled = self.proj(nodes[:, -1] if self.readout == "last" else nodes.mean(dim=1))
         return FusedTokens(
             pooled=self.residual("global", tokens.base_cls, pooled),
@@ -103,6 +99,14 @@ class GraphFusion(LayerFusion):
             means = apply_norms(self.norm_patch, means) if self.norm == "per_layer" else means
             nodes = torch.stack((means, nodes), dim=2).flatten(1, 2)  # mean_1, cls_1, mean_2, cls_2, ...
         return nodes if self.layer_embed is None else nodes + self.layer_embed
+
+    def pass_messages(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """The updated nodes (batch, nodes, hidden), and the attentions of the last convolution."""
+        adjacency = self.adjacency(nodes)
+        for conv in self.convs:
+            update, attentions = conv(nodes, adjacency)
+            nodes = nodes + F.elu(update)
+        return nodes, attentions
 
     def adjacency(self, nodes: Tensor) -> Tensor:
         """(nodes, nodes), [i, j] weighs the edge j -> i, own loops included."""

@@ -3,7 +3,6 @@
 from vitweave.modeling.layer_fusion.aspp import AsppFusion
 from vitweave.modeling.layer_fusion.attentive_probe import AttentiveProbeFusion
 from vitweave.modeling.layer_fusion.base import LayerFusion
-from vitweave.modeling.layer_fusion.base import LayerFusion
 from vitweave.modeling.layer_fusion.concat import ConcatFusion
 from vitweave.modeling.layer_fusion.cross_layer_attention import CrossLayerAttentionFusion
 from vitweave.modeling.layer_fusion.efficient_attention import EfficientAttentionFusion
@@ -17,7 +16,6 @@ from vitweave.modeling.layer_fusion.weighted_sum import WeightedSumFusion
 from vitweave.modeling.options import check_options, pick
 
 LAYER_FUSIONS: dict[str, type[LayerFusion]] = {
-    """Build a fusion of `num_layers` layers; `options` are its constructor's arguments."""
     "aspp": AsppFusion,
     "attentive_probe": AttentiveProbeFusion,
     "concat": ConcatFusion,
@@ -34,6 +32,7 @@ LAYER_FUSIONS: dict[str, type[LayerFusion]] = {
 
 
 def build_layer_fusion(name: str, num_layers: int, hidden_size: int, options: dict | None = None) -> LayerFusion:
+    """Build a fusion of `num_layers` layers; `options` are its constructor's arguments."""
     fusion_class = pick(LAYER_FUSIONS, name, "fusion_type")
     options = options or {}
     check_options(fusion_class, options, given=("num_layers", "hidden_size"), owner=f"the layer fusion {name!r}")
