@@ -25,8 +25,8 @@ def masked_mean(maps: Tensor, mask: Tensor | None, dim: tuple[int, ...] = (2, 3)
     """Mean over the valid positions along `dim`, which stay with length 1; zero where there are none."""
     if mask is None:
         return maps.mean(dim, keepdim=True)
-    count = mask.sum(dim, keepdim=True).clamp(min=1)
-    return zero_masked(maps, mask).sum(dim, keepdim=True) / count.to(maps.dtype)
+    total = zero_masked(maps, mask).sum(dim, keepdim=True, dtype=torch.promote_types(maps.dtype, torch.float32))
+    return (total / mask.sum(dim, keepdim=True).clamp(min=1)).to(maps.dtype)
 
 
 def masked_moments(maps: Tensor, mask: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
