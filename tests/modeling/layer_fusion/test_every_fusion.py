@@ -291,17 +291,26 @@ def test_adapters_on_any_projection_are_trained(name, options):
 
 def example_macs(c: int = 768, n: int = 196, layers: int = 4) -> dict[str, list[tuple[dict, float]]]:
     """Multiplications per image by the cost formulas of the methods, at ViT-B/16's size, C = 768, N = 196, L = 4."""
-    heads, mlp = c // 64, 2 * 4 * c * c
+    heads, mlp, k = c // 64, 2 * 4 * c * c, c // 32
+    reduced, mid, out, size = 256, 128, 256, 256
     return {
+        "aspp": [({}, n * (layers * c * reduced + reduced * mid * (1 + 9 * 3) + 5 * mid * c) + reduced * mid + c * c)],
         "attentive_probe": [({}, 2 * layers * 4 * c * c + 4 * c * c)],
         "concat": [({}, layers * c * c), ({"dense": True}, (n + 1) * layers * c * c)],
         "cross_layer_attention": [
             ({}, 2 * layers * n * c * heads + 4 * c * c + mlp),
             ({"mlp_ratio": 0, "folded": False}, 2 * layers * n * c * c + 2 * c * c),
         ],
+        "efficient_attention": [
+            ({}, n * c * (9 * k + 2 + layers) + c * c),
+            ({"attention": "linear"}, n * c * c * (4 + 2 / heads)),
+        ],
         "film": [({}, c * c // 4 + c // 4 * 2 * layers * c + c * c + layers * n * c)],
+        "fpn": [({}, 5.25 * n * (c * out + 9 * out**2) + n * 4 * c * c + 3 * out * c)],
         "gated_sum": [({}, layers * c * c // 4)],
+        "graph": [({}, layers * c * c + layers**2 * c + c * c), ({"conv": "gatv2"}, (2 * layers + 1) * c * c)],
         "layer_self_attention": [({}, (layers + 1) * 12 * c * c)],
+        "recurrent": [({}, layers * 3 * (c * size + size**2) + size * c)],
         "weighted_sum": [({}, layers * c), ({"dense": True}, layers * c * (n + 1))],
     }
 

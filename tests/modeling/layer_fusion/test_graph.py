@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fusion_costs import HIDDEN, LAYERS, cost
+from fusion_costs import HIDDEN, count_weights
 from fusion_tokens import random_tokens, trained
 
 from vitweave.modeling.layer_fusion.graph import CONVS, GraphAttention, GraphAttentionV2, GraphConv, GraphFusion
@@ -12,10 +12,9 @@ from vitweave.modeling.layer_fusion.graph import CONVS, GraphAttention, GraphAtt
 every_conv = pytest.mark.parametrize("conv", CONVS)
 
 
-def test_the_cost_is_that_of_the_formula():
-    parameters, macs = cost("graph", {"num_heads": 4})
-    assert parameters == 2 * HIDDEN**2
-    assert macs == LAYERS * HIDDEN**2 + LAYERS**2 * HIDDEN + HIDDEN**2
+def test_the_size_is_that_of_the_formula():
+    assert count_weights("graph") == count_weights("graph", {"conv": "gcn"}) == 2 * HIDDEN**2
+    assert count_weights("graph", {"conv": "gatv2"}) == 3 * HIDDEN**2
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from vitweave.modeling.layer_fusion.base import FusedTokens, LayerFusion, LayerTokens, check_choice, check_heads
+from vitweave.modeling.layer_fusion.base import FusedTokens, LayerFusion, LayerTokens, check_choice
+from vitweave.modeling.layer_fusion.base_attention import check_heads, join_heads, split_heads
 from vitweave.modeling.masked_maps import MaskedGroupNorm, mask_to_map, masked_mean, zero_masked
 from vitweave.modeling.tokens import tokens_to_map
 
@@ -123,10 +124,9 @@ class LinearAttention(nn.Module):
     def forward(self, maps: Tensor, mask: Tensor | None) -> Tensor:
         """(batch, channels, height, width), zero where masked, to a map of that shape, zero where masked."""
         patches = maps.flatten(2).transpose(1, 2)  # (batch, patches, channels)
-        split = self.qkv(patches).unflatten(2, (3, self.num_heads, -1))
-        query, key, value = split.movedim(1, 3).unbind(1)  # each (batch, heads, patches, channels / heads)
+        query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(patches).chunk(3, dim=2))
         if mask is not None:
             key = key.masked_fill(~mask.flatten(1)[:, None, :, None], torch.finfo(key.dtype).min)
         context = key.softmax(dim=2).transpose(2, 3) @ value  # (batch, heads, channels / heads, channels / heads)
-        attended = self.out_proj((query.softmax(dim=3) @ context).transpose(1, 2).flatten(2))
+        attended = self.out_proj(join_heads(query.softmax(dim=3) @ context))
         return zero_masked((patches + attended).transpose(1, 2).view_as(maps), mask)

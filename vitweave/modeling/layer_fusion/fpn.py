@@ -92,7 +92,7 @@ class FpnFusion(LayerFusion):
     def layer_map(self, tokens: LayerTokens, layer: int, mask: Tensor | None) -> Tensor:
         """One layer's normed patches as a map, zero where masked."""
         patches = tokens.patches[:, layer]
-        patches = self.norm_patch[layer](patches) if self.norm == "per_layer" else patches
+        patches = self.norm_patch[layer](patches) if self.norm_kind == "per_layer" else patches
         return zero_masked(tokens_to_map(patches, tokens.grid), mask)
 
     def top_down(self, maps: list[Tensor], mask: Tensor | None, tokens: LayerTokens) -> Levels:

@@ -9,11 +9,9 @@ from vitweave.modeling.layer_fusion.base import (
     FusedTokens,
     LayerFusion,
     LayerTokens,
-    apply_norms,
     check_choice,
-    check_heads,
-    layer_norms,
 )
+from vitweave.modeling.layer_fusion.base_attention import check_heads
 
 EDGES = ("full", "chain", "star", "learned")
 READOUTS = ("last", "mean")
@@ -63,8 +61,6 @@ class GraphFusion(LayerFusion):
             check_choice(option, value, known)
         if depth < 1:
             raise ValueError(f"expected a depth of 1 or more, got {depth}")
-        if mean_nodes and norm == "per_layer":
-            self.norm_patch = layer_norms(num_layers, hidden_size)  # of the means
         self.edges, self.readout, self.mean_nodes = edges, readout, mean_nodes
         nodes = 2 * num_layers if mean_nodes else num_layers
         self.layer_embed = nn.Parameter(torch.empty(nodes, hidden_size)) if layer_embedding else None
@@ -95,9 +91,9 @@ class GraphFusion(LayerFusion):
         """(batch, nodes, hidden), the deepest [CLS] last."""
         nodes = self.normed_cls(tokens)
         if self.mean_nodes:
-            means = tokens.mean_patches()
-            means = apply_norms(self.norm_patch, means) if self.norm == "per_layer" else means
-            nodes = torch.stack((means, nodes), dim=2).flatten(1, 2)  # mean_1, cls_1, mean_2, cls_2, ...
+            nodes = torch.stack((self.normed_means(tokens), nodes), dim=2).flatten(
+                1, 2
+            )  # mean_1, cls_1, mean_2, cls_2, ...
         return nodes if self.layer_embed is None else nodes + self.layer_embed
 
     def pass_messages(self, nodes: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,7 @@ from vitweave.modeling.layer_fusion.base import (
     FusedTokens,
     LayerFusion,
     LayerTokens,
-    apply_norms,
     check_choice,
-    layer_norms,
     mean_of_valid,
 )
 
@@ -51,8 +49,6 @@ class RecurrentFusion(LayerFusion):
             raise ValueError(f"expected cell_size and depth of 1 or more, got {cell_size} and {depth}")
         residuals = ("global", "patch") if on == "patches" else ("global",)
         super().__init__(num_layers, hidden_size, needs=(READS[on],), residuals=residuals, norm=norm, direct=direct)
-        if on == "mean" and norm == "per_layer":
-            self.norm_patch = layer_norms(num_layers, hidden_size)  # of the means
         directions = 2 if bidirectional else 1
         widths = [hidden_size] + [directions * cell_size] * (depth - 1)
         self.on = on
@@ -75,8 +71,7 @@ class RecurrentFusion(LayerFusion):
             return self.normed_patches(tokens)
         if self.on == "cls":
             return self.normed_cls(tokens)
-        means = tokens.mean_patches()
-        return apply_norms(self.norm_patch, means) if self.norm == "per_layer" else means
+        return self.normed_means(tokens)
 
     def last_states(self, states: Tensor) -> Tensor:
         """(batch, layers, ..., hidden) to the last states, (batch, ..., directions * cell size)."""
