@@ -137,6 +137,9 @@ class LayerFusion(nn.Module):
         """`base + gamma_<name> * fused`, or `fused` alone in the direct form."""
         return fused if self.direct else base + getattr(self, f"gamma_{name}") * fused
 
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Warn of options that fit no grid of (height, width) patches; for whoever knows the grid when it builds."""
+
     def forward(self, tokens: LayerTokens, output_attentions: bool = False) -> FusedTokens:
         raise NotImplementedError
 
