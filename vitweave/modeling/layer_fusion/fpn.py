@@ -61,6 +61,7 @@ class FpnFusion(LayerFusion):
         scales = DEFAULT_SCALES[style] if scales is None else tuple(scales)
         check_scales(scales)
         self.style, self.reads_cls, self.extra_level = style, reads_cls, extra_level
+        self.map_channels = (out_channels,) * (len(scales) + extra_level)
         self.layer_of_level = level_layers(num_layers, len(scales), style, layer_of_level)
         self.drop_unread_norms()
         if style == "last":
