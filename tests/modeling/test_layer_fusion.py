@@ -172,6 +172,35 @@ def test_a_backbone_needs_a_fusion_of_patches_and_maps_that_exist():
         LayerFusionBackbone(config)
 
 
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({}, [(8, 8), (4, 4), (2, 2)]),
+        ({"style": "last", "extra_level": True}, [(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)]),
+    ],
+    ids=["fpn", "last"],
+)
+def test_a_pyramid_is_a_backbone(options, sizes):
+    options = {"out_channels": 8, **options}
+    config = LayerFusionConfig(encoder_config=specialised(), fusion_type="fpn", fusion_options=options)
+    backbone = LayerFusionBackbone(config).eval()
+    assert backbone.channels == [8] * len(sizes)
+    assert [tuple(feature_map.shape[-2:]) for feature_map in backbone(PIXELS).feature_maps] == sizes
+    segmenter = DensePredictorForSemanticSegmentation.from_backbone(backbone, num_labels=3)
+    assert segmenter(PIXELS).logits.shape == (2, 3, 32, 32)
+
+
+def test_rates_beyond_the_grid_are_told_when_the_model_is_built(recwarn):
+    def build(rates):
+        options = {"rates": rates}
+        LayerFusionModel(LayerFusionConfig(encoder_config=specialised(), fusion_type="aspp", fusion_options=options))
+
+    build([1, 3])
+    assert not [w for w in recwarn if "ASPP" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"rates \[4, 6\] reach beyond a grid of 4x4 .* largest useful rate is 3"):
+        build([2, 4, 6])
+
+
 def test_the_encoder_alone_can_be_built_from_its_config():
     config = LayerFusionConfig(encoder_config=specialised())
     assert (config.hidden_size, config.num_channels) == (32, 3)

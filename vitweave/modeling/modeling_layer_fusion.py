@@ -41,6 +41,10 @@ class LayerFusionTrunk(LayerFusionPreTrainedModel):
         self.encoder = VisionEncoder(whole.model, layers=layers, final_norm=shared, keep_final=True)
         hidden_size = self.check_layers()
         self.fusion = build_layer_fusion(config.fusion_type, len(config.layers), hidden_size, config.fusion_options)
+        image_size = getattr(self.encoder.config, "image_size", None)  # hybrid and timm encoders may not tell
+        if image_size is not None:
+            height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+            self.fusion.check_grid(self.encoder.grids_for(height, width)[-1])
 
     @classmethod
     def from_encoder(cls, encoder: PreTrainedModel, **options) -> "LayerFusionTrunk":
