@@ -9,17 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from vitweave.modeling.dpt_neck import DptNeck
+from vitweave.modeling.graph_convs import NEGATIVE_SLOPE, GraphAttention, GraphAttentionV2, GraphConv
 from vitweave.modeling.layer_fusion.aspp import Aspp, AsppFusion
 from vitweave.modeling.layer_fusion.base import FusedTokens, LayerFusion, LayerTokens
 from vitweave.modeling.layer_fusion.efficient_attention import EfficientAttentionFusion, MultiScaleAttention
 from vitweave.modeling.layer_fusion.fpn import FpnFusion
-from vitweave.modeling.layer_fusion.graph import (
-    NEGATIVE_SLOPE,
-    GraphAttention,
-    GraphAttentionV2,
-    GraphConv,
-    GraphFusion,
-)
+from vitweave.modeling.layer_fusion.graph import GraphFusion
 from vitweave.modeling.layer_fusion.recurrent import GATES, Cells, RecurrentFusion
 from vitweave.modeling.pyramids import FeaturePyramid, SimpleFeaturePyramid, coarser_level
 

@@ -7,7 +7,8 @@ import torch
 from fusion_costs import HIDDEN, count_weights
 from fusion_tokens import random_tokens, trained
 
-from vitweave.modeling.layer_fusion.graph import CONVS, GraphAttention, GraphAttentionV2, GraphConv, GraphFusion
+from vitweave.modeling.graph_convs import CONVS, GraphConv
+from vitweave.modeling.layer_fusion.graph import GraphFusion
 
 every_conv = pytest.mark.parametrize("conv", CONVS)
 
@@ -72,28 +73,6 @@ def test_turned_layers_change_a_chain_read_at_its_end(conv):
     fusion, tokens = trained(GraphFusion(3, 32, conv=conv, edges="chain", norm="none")), random_tokens()
     turned = replace(tokens, cls=tokens.cls.flip(1))
     assert not torch.allclose(fusion(turned).pooled, fusion(tokens).pooled, atol=1e-4)
-
-
-def rankings(attention: torch.nn.Module) -> set[tuple[int, ...]]:
-    """In which orders the receivers rank the senders, over many random nodes."""
-    nodes = torch.randn(1, 6, 32)
-    _, weights = trained(attention)(nodes, torch.ones(6, 6))
-    return {tuple(row.tolist()) for row in weights[0, ..., 0].argsort(dim=1)}
-
-
-def test_only_the_second_attention_ranks_the_senders_for_each_receiver():
-    assert len(rankings(GraphAttention(32, 32, 1))) == 1
-    assert len(rankings(GraphAttentionV2(32, 32, 1))) > 1
-
-
-def test_the_mean_of_equal_heads_is_one_head():
-    one, three = GraphAttention(8, 8, 1), GraphAttention(8, 8, 3, concat=False)
-    state = one.state_dict()
-    three.load_state_dict(
-        {name: state[name] if name == "bias" else state[name].repeat(3, 1) for name in three.state_dict()}
-    )
-    nodes, adjacency = torch.randn(2, 4, 8), torch.ones(4, 4)
-    torch.testing.assert_close(three(nodes, adjacency)[0], one(nodes, adjacency)[0])
 
 
 def test_mean_nodes_stand_in_front_of_their_layer():

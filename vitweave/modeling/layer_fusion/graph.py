@@ -5,17 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from vitweave.modeling.layer_fusion.base import (
-    FusedTokens,
-    LayerFusion,
-    LayerTokens,
-    check_choice,
-)
+from vitweave.modeling.graph_convs import CONVS
+from vitweave.modeling.layer_fusion.base import FusedTokens, LayerFusion, LayerTokens, check_choice
 from vitweave.modeling.layer_fusion.base_attention import check_heads
 
 EDGES = ("full", "chain", "star", "learned")
 READOUTS = ("last", "mean")
-NEGATIVE_SLOPE = 0.2  # of the leaky relu in GAT and GATv2
 
 
 class GraphFusion(LayerFusion):
@@ -24,7 +19,8 @@ class GraphFusion(LayerFusion):
     "gcn" (arXiv:1609.02907): `D^-1/2 A D^-1/2 x W`. "gat" (arXiv:1710.10903): attention
     `softmax_j leaky_relu(a_dst W x_i + a_src W x_j)`, whose ranking of the senders is the same for every receiver;
     "gatv2" (arXiv:2105.14491): `softmax_j a leaky_relu(W_r x_i + W_l x_j)`, whose ranking depends on the receiver.
-    Two or more "gcn" on a full graph average the layers away: keep `depth` at 1 or 2.
+    Two or more "gcn" on a full graph average the layers away: keep `depth` at 1 or 2. In a chain a message travels one
+    node per convolution: read the mean, or shallow layers do not reach the last.
 
     `attentions`, if asked for: (batch, nodes, nodes, heads) of the last convolution, [b, i, j, h] weighs the message
     j -> i ("gcn": one head, the normalised adjacency).
@@ -91,9 +87,8 @@ class GraphFusion(LayerFusion):
         """(batch, nodes, hidden), the deepest [CLS] last."""
         nodes = self.normed_cls(tokens)
         if self.mean_nodes:
-            nodes = torch.stack((self.normed_means(tokens), nodes), dim=2).flatten(
-                1, 2
-            )  # mean_1, cls_1, mean_2, cls_2, ...
+            pairs = torch.stack((self.normed_means(tokens), nodes), dim=2)
+            nodes = pairs.flatten(1, 2)  # mean_1, cls_1, mean_2, cls_2, ...
         return nodes if self.layer_embed is None else nodes + self.layer_embed
 
     def pass_messages(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,98 +121,3 @@ def head_options(conv: str, hidden_size: int, num_heads: int | None, head_merge:
             raise ValueError(f"conv='gcn' has no heads, got num_heads={num_heads}, head_merge={head_merge!r}")
         return {}
     return {"num_heads": check_heads(hidden_size, num_heads), "concat": head_merge == "concat"}
-
-
-class GraphConv(nn.Module):
-    """Graph convolution (arXiv:1609.02907): `D^-1/2 A D^-1/2 x W + b`, D the in-degrees, own loops included."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.node_proj = nn.Linear(in_channels, out_channels, bias=False)
-        self.bias = nn.Parameter(torch.empty(out_channels))
-        self.set_start_values()
-
-    def set_start_values(self) -> None:
-        """Bias zero."""
-        init.zeros_(self.bias)
-
-    def forward(self, nodes: Tensor, adjacency: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, nodes, in_channels) to (batch, nodes, out_channels), and what each message weighs."""
-        scale = adjacency.sum(dim=1).rsqrt()
-        weights = scale[:, None] * adjacency * scale
-        update = torch.einsum("ij,bjc->bic", weights, self.node_proj(nodes)) + self.bias
-        return update, weights[None, :, :, None].expand(nodes.shape[0], -1, -1, 1)
-
-
-class GraphAttention(nn.Module):
-    """GAT (arXiv:1710.10903): `sum_j alpha_ij z_j`, `z = W x`, `alpha = softmax_j leaky_relu(a_dst z_i + a_src z_j)`.
-
-    Args:
-        out_channels: width of all heads together if they are concatenated, of each head if their mean is taken.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, num_heads: int, concat: bool = True):
-        super().__init__()
-        self.num_heads, self.concat = num_heads, concat
-        width = out_channels // num_heads if concat else out_channels
-        self.node_proj = nn.Linear(in_channels, num_heads * width, bias=False)
-        self.att_src = nn.Parameter(torch.empty(num_heads, width))
-        self.att_dst = nn.Parameter(torch.empty(num_heads, width))
-        self.bias = nn.Parameter(torch.empty(out_channels))
-        self.set_start_values()
-
-    def set_start_values(self) -> None:
-        """Attention vectors Glorot-uniform, bias zero."""
-        init.xavier_uniform_(self.att_src)
-        init.xavier_uniform_(self.att_dst)
-        init.zeros_(self.bias)
-
-    def forward(self, nodes: Tensor, adjacency: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, nodes, in_channels) to (batch, nodes, out_channels), and what each message weighs, per head."""
-        heads = self.node_proj(nodes).unflatten(2, (self.num_heads, -1))  # (batch, nodes, heads, width)
-        received, sent = (heads * self.att_dst).sum(dim=-1), (heads * self.att_src).sum(dim=-1)
-        scores = F.leaky_relu(received[:, :, None] + sent[:, None], NEGATIVE_SLOPE)
-        return gather_messages(scores, heads, adjacency, self.concat, self.bias)
-
-
-class GraphAttentionV2(nn.Module):
-    """GATv2 (arXiv:2105.14491): `sum_j alpha_ij W_l x_j`, `alpha = softmax_j a leaky_relu(W_r x_i + W_l x_j)`."""
-
-    def __init__(self, in_channels: int, out_channels: int, num_heads: int, concat: bool = True):
-        super().__init__()
-        self.num_heads, self.concat = num_heads, concat
-        width = out_channels // num_heads if concat else out_channels
-        self.source_proj = nn.Linear(in_channels, num_heads * width)
-        self.target_proj = nn.Linear(in_channels, num_heads * width)
-        self.att = nn.Parameter(torch.empty(num_heads, width))
-        self.bias = nn.Parameter(torch.empty(out_channels))
-        self.set_start_values()
-
-    def set_start_values(self) -> None:
-        """Attention vector Glorot-uniform, bias zero."""
-        init.xavier_uniform_(self.att)
-        init.zeros_(self.bias)
-
-    def forward(self, nodes: Tensor, adjacency: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, nodes, in_channels) to (batch, nodes, out_channels), and what each message weighs, per head."""
-        sent = self.source_proj(nodes).unflatten(2, (self.num_heads, -1))  # (batch, nodes, heads, width)
-        received = self.target_proj(nodes).unflatten(2, (self.num_heads, -1))
-        scores = (F.leaky_relu(received[:, :, None] + sent[:, None], NEGATIVE_SLOPE) * self.att).sum(dim=-1)
-        return gather_messages(scores, sent, adjacency, self.concat, self.bias)
-
-
-def gather_messages(
-    scores: Tensor, messages: Tensor, adjacency: Tensor, concat: bool, bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What every node receives, weighed by the softmax of the scores over its incoming edges.
-
-    Args:
-        scores: (batch, nodes, nodes, heads), [b, i, j, h] for the message j -> i.
-        messages: (batch, nodes, heads, width).
-    """
-    weights = (scores + adjacency.log()[None, :, :, None]).softmax(dim=2)  # log 0 = -inf: no edge
-    received = torch.einsum("bijh,bjhc->bihc", weights, messages)
-    return (received.flatten(2) if concat else received.mean(dim=2)) + bias, weights
-
-
-CONVS: dict[str, type[nn.Module]] = {"gcn": GraphConv, "gat": GraphAttention, "gatv2": GraphAttentionV2}

@@ -4,13 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from vitweave.modeling.layer_fusion.base import (
-    FusedTokens,
-    LayerFusion,
-    LayerTokens,
-    check_choice,
-    mean_of_valid,
-)
+from vitweave.modeling.layer_fusion.base import FusedTokens, LayerFusion, LayerTokens, check_choice, mean_of_valid
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 READS = {"cls": "cls", "mean": "patch_means", "patches": "patches"}
