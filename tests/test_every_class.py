@@ -129,6 +129,15 @@ SUBJECTS = {
     "fused-backbone": Subject(
         LayerFusionBackbone, fused("film"), unread=("fusion.gamma_global", "fusion.proj.weight", "fusion.proj.bias")
     ),
+    "fused-pyramid": Subject(
+        LayerFusionBackbone,
+        # no halved level: torch.export would tie the image size to halves above 1
+        fused("fpn", fusion_options={"out_channels": 8, "scales": [2, 1]}),
+        unread=(
+            *("fusion.gamma_global", "fusion.proj.weight", "fusion.proj.bias"),  # of the embedding
+            *("model.layernorm.weight", "model.layernorm.bias", *DEEPEST_CLS),
+        ),
+    ),
     "fused-classifier": Subject(
         LayerFusionForImageClassification, fused("cross_layer_attention"), "image-classification"
     ),
