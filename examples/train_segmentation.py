@@ -39,6 +39,9 @@ class Arguments:
     seed: int = 0
     out: str = "runs/segmentation"
     resume: bool = False
+    cache_features: str = field(
+        default="", metadata={"help": "folder for a frozen encoder's features; no augmentation"}
+    )
     tiny: bool = field(default=False, metadata={"help": "a dry run on synthetic shapes, in seconds"})
 
 
@@ -55,6 +58,8 @@ def main() -> dict[str, float]:
     height, width = args.size
     processor = SegmentationImageProcessorPil(size={"height": height, "width": width})
     augmentation = SegmentationAugmentation(crop_size=(height, width), color_jitter=0.25, seed=args.seed)
+    if args.cache_features:  # features that are computed once are those of the images as they are
+        augmentation = None
     if args.tiny:
         id2label = SyntheticShapes.id2label
         train = SegmentationDataset(SyntheticShapes(32), processor, augmentation)
@@ -99,6 +104,7 @@ def main() -> dict[str, float]:
         processor,
         output_dir=args.out,
         resume=args.resume,
+        cache_features=args.cache_features or None,
         max_steps=args.steps,
         save_strategy="steps",
         save_steps=args.eval_every,

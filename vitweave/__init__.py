@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 # Public names and where they are defined; imported when they are first asked for.
 PUBLIC = {
     "AttentiveProbe": "vitweave.modeling.heads.attentive_probe",
+    "CachedFeatures": "vitweave.training.feature_cache",
     "ClassificationAugmentation": "vitweave.processing.crop_augmentation",
     "ConfusionMatrix": "vitweave.training.metrics",
     "DensePredictorConfig": "vitweave.configuration.configuration_dense_predictor",
@@ -30,6 +31,7 @@ PUBLIC = {
     "SpecializedViTModel": "vitweave.modeling.modeling_specialized_vit",
     "VisionEncoder": "vitweave.modeling.vision_encoder",
     "VisionFeatures": "vitweave.modeling.vision_encoder",
+    "cache_features": "vitweave.training.feature_cache",
     "encode_images": "vitweave.training.probe_features",
     "evaluate_depth": "vitweave.training.depth_evaluation",
     "evaluate_knn": "vitweave.training.knn",

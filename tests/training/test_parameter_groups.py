@@ -46,5 +46,5 @@ def test_groups_hold_every_trainable_parameter_once():
 
 
 def test_a_bare_module_has_no_encoder():
-    with pytest.raises(ValueError, match="Linear has neither a backbone nor a base model"):
+    with pytest.raises(ValueError, match="Linear has neither a backbone"):
         find_encoder(nn.Linear(2, 2))

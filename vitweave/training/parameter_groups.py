@@ -15,11 +15,12 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 
 def find_encoder(model: nn.Module) -> nn.Module:
-    """The part of a task model below its head: `backbone` where there is one, else the model's base model."""
+    """The part of a task model below its head: its `backbone`, its base model or its `encoder`."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # below a PEFT wrapper
-    encoder = getattr(model, "backbone", None) or getattr(model, "base_model", model)
-    if encoder is model:
-        raise ValueError(f"{type(model).__name__} has neither a backbone nor a base model below its head")
+    named = [getattr(model, name, None) for name in ("backbone", "base_model", "encoder")]
+    encoder = next((part for part in named if isinstance(part, nn.Module) and part is not model), None)
+    if encoder is None:
+        raise ValueError(f"{type(model).__name__} has neither a backbone, an encoder nor a base model below its head")
     return encoder
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from vitweave.training.checkpoints import RestoreWeights, last_complete_checkpoint, list_checkpoints, restore_weights
+from vitweave.training.feature_cache import FeatureCollator, with_cached_features
 from vitweave.training.parameter_groups import parameter_groups
 
 
@@ -94,6 +95,7 @@ def build_trainer(
     reduce_predictions: Callable | None = None,
     encoder_lr_scale: float = 1.0,
     callbacks=(),
+    cache_features: str | Path | None = None,
 ) -> Trainer:
     """The stock `Trainer` with a recipe's collator and metrics, our parameter groups, and the epoch told to the data.
 
@@ -102,7 +104,9 @@ def build_trainer(
         metrics: `compute_metrics`, asked batch by batch.
         reduce_predictions: `preprocess_logits_for_metrics`, so that no whole volume of logits is kept.
         encoder_lr_scale: the encoder's learning rate as a multiple of `learning_rate`.
+        cache_features: folder in which a frozen encoder's features are kept, so that it runs once per image.
     """
+    train_dataset, eval_dataset = with_cached_features(model, train_dataset, eval_dataset, cache_features, args)
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     groups = parameter_groups(model, args.learning_rate, args.weight_decay, encoder_lr_scale)
     if not groups:
@@ -113,7 +117,7 @@ def build_trainer(
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=collator,
+        data_collator=FeatureCollator(collator),
         processing_class=processor,
         compute_metrics=metrics if eval_dataset is not None else None,
         preprocess_logits_for_metrics=reduce_predictions,
