@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
 from vitweave.training.feature_build import FeatureBuilder, anywhere, assemble, processes, share_of, together
-from vitweave.training.feature_keys import SampleKeys, encoder_ingredients, key_of
+from vitweave.training.feature_keys import SampleKeys, digest_of, digests_of, encoder_ingredients
 from vitweave.training.feature_shards import (
     Shard,
     make_room,
@@ -207,7 +207,7 @@ class FeatureFolder:
 
     def __init__(self, root: Path, ingredients: dict[str, str]):
         self.root, self.ingredients = root, ingredients
-        self.path = root / key_of(ingredients)
+        self.path = root / digest_of(ingredients)
 
     def prepare(self) -> None:
         """Make the folder, with what its key was made from beside the shards, and clear away what a kill left."""
@@ -287,7 +287,7 @@ def cache_features(
     if not len(dataset):
         raise ValueError(f"expected images to cache, got an empty {type(dataset).__name__}")
     limit = number_of_bytes(size_limit)
-    ingredients = encoder_ingredients(model, getattr(dataset, "processor", None), dtype)
+    ingredients = digests_of(encoder_ingredients(model, getattr(dataset, "processor", None), dtype))
     cache = FeatureFolder(Path(folder).absolute(), ingredients)
     keys = sample_keys(dataset, cache.path.name, num_workers)
     builder = FeatureBuilder(model, dataset, keys, cache.path, dtype, batch_size)

@@ -93,6 +93,7 @@ def facts(thing) -> dict[str, str]:
 
 
 def is_location(value) -> bool:
+    """Whether a word is the path of something on this disk."""
     return isinstance(value, str) and os.sep in value and os.path.exists(value)
 
 
@@ -151,8 +152,8 @@ def arithmetic(device: torch.device) -> dict[str, str]:
     return found
 
 
-def encoder_ingredients(model: nn.Module, processor=None, dtype: torch.dtype | None = None) -> dict[str, str]:
-    """What a feature depends on besides its image, one digest each.
+def encoder_ingredients(model: nn.Module, processor=None, dtype: torch.dtype | None = None) -> dict:
+    """What a feature depends on besides its image, by name; `digest_of` reads every value.
 
     Args:
         model: has `encode`, and `encode_options` (a dict) if `encode` reads more than its encoder.
@@ -171,7 +172,7 @@ def encoder_ingredients(model: nn.Module, processor=None, dtype: torch.dtype | N
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     classes = [type(base), *map(type, modules.values()), *([] if processor is None else [type(processor)])]
     described = {} if processor is None else settled(processor.to_dict()) if hasattr(processor, "to_dict") else None
-    values = {
+    return {
         "weights": tensors,
         "modules": {name: facts(module) for name, module in modules.items()},
         "config": "" if config is None else json.dumps(settled(config.to_dict()), sort_keys=True, default=str),
@@ -185,12 +186,11 @@ def encoder_ingredients(model: nn.Module, processor=None, dtype: torch.dtype | N
         "processor_class": "" if processor is None else type(processor).__qualname__,
         "dtype": str(dtype),
     }
-    return {name: digest_of(value) for name, value in values.items()}
 
 
-def key_of(ingredients: dict[str, str]) -> str:
-    """The key of an encoder: one SHA-256 over all ingredients."""
-    return digest_of(ingredients)
+def digests_of(ingredients: dict) -> dict[str, str]:
+    """One SHA-256 per ingredient, by which two caches can be compared."""
+    return {name: digest_of(value) for name, value in ingredients.items()}
 
 
 def undecoded(samples):

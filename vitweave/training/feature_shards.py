@@ -78,6 +78,7 @@ def checksum(leaves: dict[str, Tensor], layout: str) -> str:
 
 
 def stat_of(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is written anew: size, time of the last change, and inode."""
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
@@ -92,6 +93,7 @@ def machine() -> str:
 
 
 def is_running(process: int) -> bool:
+    """Whether a process of this machine is alive."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
