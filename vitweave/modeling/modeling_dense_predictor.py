@@ -110,6 +110,11 @@ class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
         """Whether the head reads the class token beside every map."""
         return getattr(self.head, "reads_class_tokens", False)
 
+    @property
+    def encode_options(self) -> dict[str, bool]:
+        """What `encode` depends on besides the backbone; cached features are known by it."""
+        return {"class_tokens": self.reads_class_tokens}
+
     def encode(self, pixel_values: Tensor) -> EncoderOutputs:
         """What the head reads of the images, for `forward(encoder_outputs=...)`: the backbone need not run again.
 
