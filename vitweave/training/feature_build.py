@@ -172,17 +172,15 @@ class FeatureBuilder:
         )
         bar = logging.tqdm(total=len(chunk_of), desc="Caching features", unit="image", disable=processes()[0] != 0)
         buffers: dict[str, ShardBuffer] = {}
-        current = None
         with bar, evaluating(self.model), ShardWriter(self.folder) as writer:
             for groups in loader:
-                number = chunk_of[groups[0][0][0]]
-                if number != current:
-                    writer.write(buffers)
-                    buffers, current = {}, number
+                chunk = chunks[chunk_of[groups[0][0][0]]]
                 for indices, item in groups:
-                    self.add(indices, item, buffers, len(chunks[number]))
+                    self.add(indices, item, buffers, len(chunk))
                     bar.update(len(indices))
-            writer.write(buffers)
+                if sum(len(buffer.keys) for buffer in buffers.values()) == len(chunk):
+                    writer.write(buffers)
+                    buffers = {}
 
     def add(self, indices: list[int], item: dict[str, Tensor], buffers: dict[str, ShardBuffer], capacity: int) -> None:
         """Encode a batch into the buffer for its shape."""

@@ -1,7 +1,6 @@
 """Content addresses of cached features: everything that could change a feature goes into a SHA-256."""
 
 import hashlib
-import inspect
 import json
 import os
 import sys
@@ -118,11 +117,8 @@ def class_files(classes: Iterable[type]) -> dict[str, Path]:
         top = cls.__module__.split(".")[0]
         if top in UNVERSIONED or (top in sys.stdlib_module_names and top != "__main__"):
             continue
-        try:
-            path = Path(inspect.getsourcefile(cls) or "")
-        except (TypeError, OSError):
-            path = Path("")
-        if not path.is_file():
+        path = Path(getattr(sys.modules.get(cls.__module__), "__file__", None) or "")
+        if path.suffix != ".py" or not path.is_file():
             raise ValueError(
                 f"expected a source file of {cls.__qualname__}, so that a change of its code makes old features void, "
                 "and found none; define the class in a .py file"
