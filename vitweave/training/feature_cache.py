@@ -210,10 +210,8 @@ class FeatureFolder:
         self.path = root / digest_of(ingredients)
 
     def prepare(self) -> None:
-        """Make the folder, with what its key was made from beside the shards, and clear away what a kill left."""
+        """Make the folder, with what its key was made from beside the shards."""
         try:
-            for folder in self.root.glob("*"):
-                remove_orphans(folder)
             if not self.path.is_dir():
                 self.tell_difference()
                 self.path.mkdir(parents=True)
@@ -235,6 +233,8 @@ class FeatureFolder:
 
     def open(self, keys: list[str]) -> CachedFeatures | set[str]:
         """The samples with these keys, or those of the keys that are not there."""
+        for folder in self.root.glob("*"):
+            remove_orphans(folder)
         wanted = set(keys)
         paths = sorted(self.path.glob("*.safetensors"))
         chosen = [path for path in paths if not wanted.isdisjoint(found := read_keys(path)) or not found]
