@@ -137,7 +137,8 @@ def kills(folder: Path, number: int, job: dict, seed: int) -> int:
         whole, temporary = left_in(place)
         ((found, again, _),) = launch({"folder": place, **job})
         reused = job["images"] - again + (1 if again else 0)  # one image more, to find the size of its features
-        good = found == expected and left_in(place)[1] == 0 and reused >= min(whole * SAMPLES_PER_SHARD, job["images"])
+        lacking = (shards - whole) * SAMPLES_PER_SHARD
+        good = found == expected and left_in(place) == (shards, 0) and reused >= job["images"] - lacking
         different += not good
         told = ", ".join(
             f"{name} {value:.3f}" if name == "delay" else f"{name} {value}" for name, value in moment.items()
