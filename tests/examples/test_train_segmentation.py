@@ -26,3 +26,13 @@ def test_tiny_run_trains(tmp_path, mode):
         assert again.returncode != 0 and "resume=True" in again.stderr
         resumed = run("--tiny", "--mode", mode, "--out", str(tmp_path), "--resume")
         assert resumed.returncode == 0, resumed.stderr
+
+
+@pytest.mark.slow
+def test_a_frozen_encoder_runs_once(tmp_path):
+    options = ("--tiny", "--mode", "frozen", "--cache-features", str(tmp_path / "cache"))
+    runs = [run(*options, "--out", str(tmp_path / name)) for name in ("one", "two")]
+    assert all(done.returncode == 0 for done in runs), runs[0].stderr + runs[1].stderr
+    assert "Caching features" in runs[0].stderr and "Caching features" not in runs[1].stderr
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert first == second

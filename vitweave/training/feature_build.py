@@ -1,5 +1,6 @@
 """Compute the features that a cache lacks: images through the frozen encoder, in one or more processes."""
 
+import json
 import secrets
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -138,16 +139,17 @@ class FeatureBuilder:
             described[name] = {"dtype": str(item[name].dtype), "order": list(range(item[name].ndim))}
         return leaves, {"structure": structure, "leaves": described}
 
-    def measure(self, index: int) -> int:
-        """Bytes of one sample on disk, found by encoding it; sets how many make a shard."""
+    def measure(self, missing: list[int]) -> int:
+        """Bytes of these samples on disk, told from the first one's features; sets how many make a shard."""
         with evaluating(self.model):
-            leaves, _ = self.encode(stack_alike([IndexedItems(self.dataset)[index]])[0][1])
+            leaves, layout = self.encode(stack_alike([IndexedItems(self.dataset)[missing[0]]])[0][1])
         # whole numbers are narrowed in the shard: class ids to one byte
         sizes = {name: leaf.nbytes if leaf.is_floating_point() else leaf.numel() for name, leaf in leaves.items()}
         size = sum(sizes.values()) + 32
         samples = min(SHARD_SAMPLES, max(1, SHARD_BYTES // size))
         self.samples_per_shard = max(samples - samples % self.batch_size, min(samples, self.batch_size))
-        return size
+        header = 400 + 120 * len(leaves) + len(json.dumps(json.dumps(layout)))
+        return size * len(missing) + header * len(self.chunks(missing))
 
     def chunks(self, missing: list[int]) -> list[list[int]]:
         """The samples of every shard to write."""

@@ -299,7 +299,7 @@ def cache_features(
             return found
         with together():
             cache.prepare()
-            new = builder.measure(missing[0]) * len(missing)
+            new = builder.measure(missing)
             if processes()[0] == 0:
                 make_room(cache.root, cache.path, new, limit, cache.in_use(keys))
         with together():
