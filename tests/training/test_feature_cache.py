@@ -17,7 +17,7 @@ from transformers import Trainer
 from vitweave.modeling.vision_encoder import VisionEncoder
 from vitweave.processing.augmentation import SegmentationAugmentation
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
-from vitweave.training import feature_build, feature_shards, segmentation_data
+from vitweave.training import feature_build, feature_shards, paired_data
 from vitweave.training.feature_cache import CachedFeatures, FeatureCollator, cache_features
 from vitweave.training.segmentation import train_segmentation
 from vitweave.training.segmentation_data import SegmentationDataset, collate_segmentation
@@ -132,7 +132,7 @@ def test_a_warm_start_decodes_nothing(tmp_path, monkeypatch):
             sample[part].save(tmp_path / part / f"{index}.png")
     dataset = SegmentationDataset.from_folder(tmp_path, PROCESSOR)
     built = cached(tmp_path / "cache", dataset=dataset)
-    monkeypatch.setattr(segmentation_data, "open_picture", None)
+    monkeypatch.setattr(paired_data, "open_picture", None)
     again = cached(tmp_path / "cache", dataset=dataset)
     assert torch.equal(built[2]["labels"], again[2]["labels"])
 

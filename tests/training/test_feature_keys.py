@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from cached_models import PROCESSOR, data, tiny_model
+from cached_models import PROCESSOR, CountingSegmenter, data, tiny_model
 
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
 from vitweave.training import feature_keys
@@ -95,11 +95,25 @@ def without_sdpa():
     return model
 
 
+class Doubled(CountingSegmenter):
+    """Another `encode` in the same file."""
+
+    def encode(self, pixel_values):
+        return {"maps": super().encode(pixel_values)["feature_maps"][0] * 2}
+
+
+def of_another_class():
+    model = tiny_model()
+    model.__class__ = Doubled
+    return model
+
+
 ENCODERS = {
     "weight": (changed_weight, "weights"),
     "half": (lambda: tiny_model().to(torch.bfloat16), "weights"),
     "layers": (lambda: tiny_model(backbone={"layer_norm_eps": 1e-5}), "config"),
     "attention": (without_sdpa, "attention"),
+    "class": (of_another_class, "options"),
 }
 
 
@@ -119,10 +133,10 @@ def test_layers_and_options_of_encode_count():
         assert digests_of(encoder_ingredients(other))["options"] != digests_of(
             encoder_ingredients(one) | {"options": ""}
         )
-        assert "True" in encoder_ingredients(other)["options"]
+        assert "True" in encoder_ingredients(other)["options"]["encode"]
     finally:
         del type(other).encode_options
-    assert kept is not None and "False" in encoder_ingredients(other)["options"]
+    assert kept is not None and "False" in encoder_ingredients(other)["options"]["encode"]
 
 
 def test_code_versions_precision_and_processor_count(monkeypatch, tmp_path):

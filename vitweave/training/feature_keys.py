@@ -173,7 +173,7 @@ def encoder_ingredients(model: nn.Module, processor=None, dtype: torch.dtype | N
         "modules": {name: facts(module) for name, module in modules.items()},
         "config": "" if config is None else json.dumps(settled(config.to_dict()), sort_keys=True, default=str),
         "layers": repr([getattr(encoder, name, None) for name in ("layers", "out_indices", "out_features")]),
-        "options": repr(sorted(getattr(base, "encode_options", {}).items())),
+        "options": {**facts(base), "encode": repr(sorted(getattr(base, "encode_options", {}).items()))},
         "attention": {name: str(module.config._attn_implementation) for name, module in pretrained.items()},
         "code": {**code_files(), **class_files(classes)},
         "versions": versions(),
