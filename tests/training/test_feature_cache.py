@@ -8,16 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cached_models import PROCESSOR, CountingSegmenter, data, tiny_model
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 from transformers import Trainer
 
+from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
 from vitweave.modeling.vision_encoder import VisionEncoder
 from vitweave.processing.augmentation import SegmentationAugmentation
+from vitweave.processing.image_processing_pil_depth import DepthImageProcessorPil
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
 from vitweave.training import feature_build, feature_shards, paired_data
+from vitweave.training.depth_data import DepthDataset
 from vitweave.training.feature_cache import CachedFeatures, FeatureCollator, cache_features
 from vitweave.training.segmentation import train_segmentation
 from vitweave.training.segmentation_data import SegmentationDataset, collate_segmentation
@@ -407,6 +412,21 @@ def test_a_cached_dataset_serves_the_stock_trainer(tmp_path):
     trainer = Trainer(model, run_arguments(tmp_path / "run", None, **RUN), FeatureCollator(), train_dataset=features)
     assert trainer.train().training_loss > 0
     assert encoded_by(lambda: trainer.predict(copy.copy(features))) == 0
+
+
+def test_depth_models_with_class_tokens(tmp_path):
+    torch.manual_seed(0)
+    config = DensePredictorConfig(backbone_config=tiny_model().config.backbone_config, freeze_backbone=True)
+    model = DensePredictorForDepthEstimation(config)
+    samples = [{"image": entry["image"], "depth": np.asarray(entry["label"]) + 0.5} for entry in SyntheticShapes(4)]
+    dataset = DepthDataset(samples, DepthImageProcessorPil(size=32))
+    batch = cached(tmp_path, model, dataset).__getitems__([3, 1]).batch
+    assert set(batch["encoder_outputs"]) == {"feature_maps", "class_tokens"}
+    online = collate_segmentation([dataset[3], dataset[1]])
+    assert torch.equal(batch["labels"], online["labels"]) and batch["labels"].dtype == torch.float32
+    from_images, from_features = (model.eval()(**inputs) for inputs in (online, batch))
+    assert torch.equal(from_images.loss, from_features.loss) and from_images.loss.isfinite()
+    assert torch.equal(from_images.predicted_depth, from_features.predicted_depth)
 
 
 @pytest.mark.slow
