@@ -106,11 +106,11 @@ def build_trainer(
         encoder_lr_scale: the encoder's learning rate as a multiple of `learning_rate`.
         cache_features: folder in which a frozen encoder's features are kept, so that it runs once per image.
     """
-    train_dataset, eval_dataset = with_cached_features(model, train_dataset, eval_dataset, cache_features, args)
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     groups = parameter_groups(model, args.learning_rate, args.weight_decay, encoder_lr_scale)
     if not groups:
         raise ValueError("no parameter of the model requires a gradient; train the head, an adapter, or everything")
+    train_dataset, eval_dataset = with_cached_features(model, train_dataset, eval_dataset, cache_features, args)
     epochs = [TellEpoch(train_dataset)] if hasattr(train_dataset, "set_epoch") else []
     return Trainer(
         model=model,
