@@ -9,9 +9,11 @@ import PIL.Image
 import pytest
 import torch
 from cached_models import PROCESSOR, CountingSegmenter, data, tiny_model
+from transformers import ViTImageProcessorPil
 
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
 from vitweave.training import feature_keys
+from vitweave.training.classification_data import ImageClassificationDataset
 from vitweave.training.feature_keys import SampleKeys, class_files, digest_of, digests_of, encoder_ingredients
 from vitweave.training.segmentation_data import SegmentationDataset
 from vitweave.training.synthetic_shapes import SyntheticShapes
@@ -242,3 +244,17 @@ def test_pictures_in_memory_and_finished_items():
     assert digest_of(["ab", "c"]) != digest_of(["a", "bc"]) and digest_of([1]) != digest_of(["1"])
     with pytest.raises(ValueError, match="got object"):
         digest_of(object())
+
+
+def test_pictures_in_class_folders_are_keyed_by_their_bytes_and_class(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        SyntheticShapes(1)[0]["image"].save(tmp_path / name / "0.png")
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    monkeypatch.setattr(PIL.Image, "open", None)
+    keys = SampleKeys(ImageClassificationDataset.from_folder(tmp_path, processor), "key")
+    one, other = keys[0], keys[1]
+    assert one != other  # the same picture in another class
+    with (tmp_path / "b" / "0.png").open("ab") as file:
+        file.write(b"1")
+    assert keys[0] == one and keys[1] != other

@@ -48,6 +48,10 @@ class ClassFolders(Sequence):
         path, label = self.files[index]
         return {"image": open_picture(path), "label": label, "name": str(path)}
 
+    def sources(self, index: int) -> tuple[Path, int]:
+        """The file of a sample and its class, by which a feature cache knows it."""
+        return self.files[index]
+
 
 class ImageClassificationDataset(PairedDataset):
     """`{"pixel_values": (channels, height, width), "labels": class id}` per sample.
