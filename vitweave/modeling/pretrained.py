@@ -22,10 +22,9 @@ class VitweavePreTrainedModel(PreTrainedModel):
           lies beside it may be new;
         - a module with non-persistent buffers sets their values in a method `fill_buffers()`, called by its `__init__`
           and, after loading, by `_init_weights`;
-        - a layer that starts otherwise than in transformers sets `initialises_itself = True` and draws its weights in
-          `reset_parameters()`, with the functions of `transformers.initialization`;
-        - a module whose own parameters start at special values sets them, with `transformers.initialization`, in a
-          method `set_start_values()`, called by its `__init__` and by `_init_weights`;
+        - a module or layer whose own parameters start otherwise than in transformers sets them, with the functions of
+          `transformers.initialization`, in a method `set_start_values()`, called by its `__init__` and by
+          `_init_weights`;
         - a head computes its own loss. One that divides by `num_items_in_batch` sets `accepts_loss_kwargs = True`, and
           one that wants a loss of transformers sets `self.loss_type` after `super().__init__`;
         - `built_by` names the class method that builds it from another family's checkpoint.
@@ -109,8 +108,6 @@ class VitweavePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if getattr(module, "initialises_itself", False):
-            module.reset_parameters()
         if hasattr(module, "fill_buffers"):
             module.fill_buffers()
         if hasattr(module, "set_start_values"):

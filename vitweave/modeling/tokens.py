@@ -94,11 +94,13 @@ def overwrite_rows(output: Tensor, rows: Tensor) -> Tensor:
 def leading_rows(inputs: tuple[Tensor, ...], num_rows: int) -> list[Tensor]:
     """The first rows of each (batch, tokens, hidden), as a tensor of their own.
 
-    Contiguous, or linear layers take a slow batched path. And 4 rows at least (the caller drops the surplus): shorter
-    products are summed in another order and round differently, 1e-5 on a ViT-Ti's logits.
+    Contiguous, or linear layers take a slow batched path. Products of few rows, not a multiple of 4, are summed in
+    another order and round differently (1e-5 on a ViT-Ti's logits, more row counts with more threads): a small batch
+    gets more rows, which the caller drops, so that an image's output does not depend on the batch it is in.
     """
-    if not torch.compiler.is_compiling() and inputs[0].shape[0] * num_rows < 4:
-        num_rows = 4
+    batch = inputs[0].shape[0]
+    if not torch.compiler.is_compiling() and batch * num_rows < 32:
+        num_rows += next(more for more in range(4) if batch * (num_rows + more) % 4 == 0)
     return [tokens[:, :num_rows].contiguous() for tokens in inputs]
 
 

@@ -63,15 +63,17 @@ class ProbeConv(nn.Conv2d):
     """1x1 convolution with weights from N(0, 0.01) and no bias at the start, as in DINOv2's linear probes.
 
     A class of its own because transformers initialises out-of-tree models leaf by leaf: what a module around this one
-    does in `_init_weights` is skipped. `reset_parameters` is called by the constructor and by `_init_weights`.
+    does in `_init_weights` is skipped. `set_start_values` is called by the constructor and by `_init_weights`.
     """
-
-    initialises_itself = True
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, kernel_size=1)
 
     def reset_parameters(self) -> None:
+        self.set_start_values()
+
+    def set_start_values(self) -> None:
+        """Weights from N(0, 0.01), bias zero."""
         init.normal_(self.weight, std=0.01)  # unlike torch's own, leaves loaded weights as they are
         init.zeros_(self.bias)
 
@@ -79,25 +81,29 @@ class ProbeConv(nn.Conv2d):
 class DeepConv(nn.Conv2d):
     """Convolution that starts as torch's own does: over a dozen layers the N(0, 0.02) of transformers fades to nothing.
 
-    `reset_parameters` as in `ProbeConv`.
+    `set_start_values` as in `ProbeConv`.
     """
 
-    initialises_itself = True
-
     def reset_parameters(self) -> None:
-        reset_like_torch(self)
+        self.set_start_values()
+
+    def set_start_values(self) -> None:
+        """Torch's own scale."""
+        start_like_torch(self)
 
 
 class DeepConvTranspose(nn.ConvTranspose2d):
     """The same for a transposed convolution."""
 
-    initialises_itself = True
-
     def reset_parameters(self) -> None:
-        reset_like_torch(self)
+        self.set_start_values()
+
+    def set_start_values(self) -> None:
+        """Torch's own scale."""
+        start_like_torch(self)
 
 
-def reset_like_torch(layer: nn.Conv2d | nn.ConvTranspose2d) -> None:
+def start_like_torch(layer: nn.Conv2d | nn.ConvTranspose2d) -> None:
     """Uniform weights of torch's own scale, and no bias; loaded weights stay as they are."""
     init.kaiming_uniform_(layer.weight, a=5**0.5)
     if layer.bias is not None:
