@@ -28,6 +28,7 @@ parser.add_argument("--encoder", help="any vision encoder of transformers (folde
 parser.add_argument("--size", type=int, default=224, help="pictures are resized to size x size, nothing is cut off")
 parser.add_argument("--steps", type=int, default=12500, help="steps of the linear probes, as DINOv2 trains them")
 parser.add_argument("--attentive", action="store_true", help="train attentive probes too")
+parser.add_argument("--cache-features", help="folder that keeps the features for later runs")
 parser.add_argument("--out", default="runs/probes")
 parser.add_argument("--tiny", action="store_true", help="a dry run on synthetic shapes, in seconds")
 args = parser.parse_args()
@@ -46,7 +47,7 @@ else:
     parts = open_parts(args.data, processor)
 
 # 2. Every image is encoded once: class token and mean patch of the last four layers
-encoded = [encode_images(encoder, part) for part in parts]
+encoded = [encode_images(encoder, part, cache_folder=args.cache_features) for part in parts]
 
 # 3. One linear probe for each number of layers, pooling and learning rate, all in one pass
 probes = train_linear_probes(encoder, *encoded, Path(args.out, "linear"), steps=50 if args.tiny else args.steps)

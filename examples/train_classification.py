@@ -31,6 +31,7 @@ parser.add_argument("--eval-every", type=int, default=100, help="steps between e
 parser.add_argument("--batch-size", type=int, default=16)
 parser.add_argument("--lr", type=float, default=3e-4)
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--cache-features", help="with --mode frozen: keep its features here, and do not augment")
 parser.add_argument("--out", default="runs/classification")
 parser.add_argument("--resume", action="store_true")
 parser.add_argument("--tiny", action="store_true", help="a dry run on synthetic shapes, in seconds")
@@ -41,6 +42,7 @@ set_seed(args.seed)
 args.size, args.steps, args.eval_every = (32, 20, 10) if args.tiny else (args.size, args.steps, args.eval_every)
 size = {"height": args.size, "width": args.size}
 augmentation = ClassificationAugmentation(args.size, scale=(0.35, 1.0), color_jitter=0.2, seed=args.seed)
+augmentation = None if args.cache_features else augmentation
 if args.tiny:
     processor = ViTImageProcessorPil(size=size)
     train = ImageClassificationDataset(SyntheticClasses(32), processor, augmentation)
@@ -67,6 +69,7 @@ if args.mode == "lora":
 
     model = get_peft_model(model, lora_config(model, preset="cls"))
 steps = {"max_steps": args.steps, "save_strategy": "steps", "save_steps": args.eval_every, "seed": args.seed}
+steps["cache_features"] = args.cache_features
 options = {"learning_rate": args.lr, "per_device_train_batch_size": args.batch_size, **steps}
 metrics = train_classification(model, train, held_out, processor, args.out, args.resume, **options)
 

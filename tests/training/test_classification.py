@@ -25,7 +25,8 @@ FEW_STEPS = {"per_device_train_batch_size": 2, "disable_tqdm": True, "use_cpu": 
 def tiny_model(**options):
     torch.manual_seed(0)
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-    config = SpecializedViTConfig(**small, qkv_blocks="all", hidden_dropout_prob=0.1, **{"num_labels": 3, **options})
+    small |= {"qkv_blocks": "all", "hidden_dropout_prob": 0.1, "num_labels": 3}
+    config = SpecializedViTConfig(**small | options)
     return SpecializedViTForImageClassification(config)
 
 
@@ -131,3 +132,16 @@ def test_bad_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"sample \d: expected a class id from 0 to 1, got 2"):
         train_classification(tiny_model(num_labels=2), nameless, None, PROCESSOR, tmp_path, max_steps=3, **FEW_STEPS)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_cached_features_train_the_same_classifier(tmp_path):
+    models = []
+    for name, folder in (("online", None), ("cached", tmp_path / "features")):
+        # wide enough that torch multiplies matrices of any number of rows in one order; without dropout
+        model = tiny_model(hidden_size=32, hidden_dropout_prob=0.0, classifier_input="cls_mean")
+        model.specialized_vit.requires_grad_(False)
+        run(tmp_path / name, model, train=data(augmented=False), cache_features=folder)
+        models.append(model.state_dict())
+    online, cached = models
+    assert all(torch.equal(tensor, online[name]) for name, tensor in cached.items())
+    assert any((tmp_path / "features").rglob("*.safetensors"))

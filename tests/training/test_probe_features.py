@@ -63,3 +63,16 @@ def test_a_frozen_encoder_stays_in_eval_mode_and_returns_the_other_as_it_was():
     torch.testing.assert_close(first, again)
     assert encoder.model.training and not first["class_tokens"][0].requires_grad
     assert not any(module.training for module in PooledEncoder(encoder).train().modules())
+
+
+def test_features_kept_on_disk_are_those_of_the_encoder(tmp_path):
+    encoder = tiny_encoder()
+    plain = encode_images(encoder, data(), num_layers=2, **QUIET)
+    built, read = (encode_images(encoder, data(), num_layers=2, cache_folder=tmp_path, **QUIET) for _ in range(2))
+    for encoded in (built, read):
+        assert torch.equal(encoded.labels, plain.labels) and encoded.id2label == plain.id2label
+        for name, parts in plain.features.items():
+            for part, expected in zip(encoded.features[name], parts, strict=True):
+                torch.testing.assert_close(part, expected)
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+    assert any(tmp_path.rglob("*.safetensors"))

@@ -333,32 +333,52 @@ class SpecializedViTForImageClassification(SpecializedViTPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        encoder_outputs: dict[str, tuple[Tensor, ...]] | None = None,
         **kwargs,
     ) -> ImageClassifierOutput:
         """Classify images (batch, channels, height, width); labels (batch,) are class ids.
 
+        Args:
+            encoder_outputs: instead of pixel_values, what `encode` returned for them.
+
         Returns:
             logits (batch, num_labels), and the loss when labels are given.
         """
+        if (pixel_values is None) == (encoder_outputs is None):
+            raise ValueError(
+                "expected either pixel_values or encoder_outputs (what `encode` returned for the images), got"
+                f" {'neither' if pixel_values is None else 'both'}"
+            )
         loss_options = {key: kwargs.pop(key) for key in ("num_items_in_batch",) if key in kwargs}
-        outputs = self.specialized_vit(pixel_values, attention_mask=attention_mask, **kwargs)
-        logits = self.classify(outputs.last_hidden_state, outputs.pooler_output)
+        if encoder_outputs is None:
+            outputs = self.specialized_vit(pixel_values, attention_mask=attention_mask, **kwargs)
+            inputs = self.classifier_inputs(outputs.last_hidden_state, outputs.pooler_output)
+        else:
+            outputs, inputs = BaseModelOutputWithPooling(), encoder_outputs["classifier_inputs"]
+        logits = self.classifier(inputs[0])
+        if self.config.classifier_input == "cls_distilled":
+            logits = (logits + self.classifier_distilled(inputs[1])) / 2
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **loss_options)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
-    def classify(self, tokens: Tensor, pooled: Tensor) -> Tensor:
-        """Logits of (batch, tokens, hidden) and (batch, hidden)."""
+    def encode(self, pixel_values: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        """What the classifier reads of the images, for `forward(encoder_outputs=...)`: the ViT need not run again."""
+        outputs = self.specialized_vit(pixel_values)
+        return {"classifier_inputs": self.classifier_inputs(outputs.last_hidden_state, outputs.pooler_output)}
+
+    def classifier_inputs(self, tokens: Tensor, pooled: Tensor) -> tuple[Tensor, ...]:
+        """(batch, width) for each classifier, of (batch, tokens, hidden) and (batch, hidden)."""
         kind = self.config.classifier_input
         if kind == "pooled":
-            return self.classifier(pooled)
+            return (pooled,)
         if kind == "cls":
-            return self.classifier(tokens[:, 0])
+            return (tokens[:, 0],)
         if kind == "cls_distilled":
-            return (self.classifier(tokens[:, 0]) + self.classifier_distilled(tokens[:, 1])) / 2
+            return tokens[:, 0], tokens[:, 1]
         mean = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
-        return self.classifier(mean if kind == "mean" else torch.cat((tokens[:, 0], mean), dim=1))
+        return (mean if kind == "mean" else torch.cat((tokens[:, 0], mean), dim=1),)

@@ -53,6 +53,7 @@ def train_classification(
     resume: bool = False,
     encoder_lr_scale: float = 1.0,
     callbacks=(),
+    cache_features: str | Path | None = None,
     **arguments,
 ) -> dict[str, float]:
     """Train, keep the checkpoint with the best accuracy, save it to `output_dir`, and return its metrics.
@@ -67,6 +68,8 @@ def train_classification(
         processor: saved beside every checkpoint, so that each can be used by itself.
         resume: go on from the last whole checkpoint in `output_dir`, or from the start if there is none.
         encoder_lr_scale: the encoder's learning rate as a multiple of `learning_rate`.
+        cache_features: folder in which a frozen encoder's features are kept (`feature_cache`), so that every image runs
+            through it once; a dataset with augmentation is left as it is. Needs a model of vitweave.
         arguments: fields of `TrainingArguments` (max_steps, num_train_epochs, learning_rate, seed, ...), which replace
             the defaults of `run_arguments`.
 
@@ -90,6 +93,7 @@ def train_classification(
         RankedClasses(),
         encoder_lr_scale,
         callbacks,
+        cache_features,
     )
     with frozen_in_eval_mode(model):
         return run(trainer, checkpoint)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 
 from vitweave.modeling.vision_encoder import VisionEncoder, VisionFeatures
 from vitweave.training.classification_data import collate_classification
+from vitweave.training.feature_cache import FeatureCollator, cache_features
 
 
 class FrozenEncoder(nn.Module):
@@ -104,18 +106,24 @@ def encode_images(
     batch_size: int = 32,
     num_workers: int = 0,
     progress: bool = True,
+    cache_folder: str | Path | None = None,
 ) -> EncodedImages:
     """Encode a data set once for several probes.
 
     Args:
+        cache_folder: where the features are also kept on disk for later runs (`feature_cache`).
         num_layers: class tokens and mean patches of the last `num_layers` are kept; of an encoder without class token
             the pooled output. None keeps all tokens of the last layer.
     """
     if not encoder.facts.num_class_tokens:
         num_layers = num_layers and 1
     frozen_encoder = TokenEncoder(encoder) if num_layers is None else PooledEncoder(encoder, num_layers)
+    names = label_names(dataset)
+    if cache_folder is not None:
+        with frozen(frozen_encoder):
+            dataset = cache_features(frozen_encoder, dataset, cache_folder, None, None, num_workers, batch_size)
     features, labels = compute_features(frozen_encoder, dataset, batch_size, num_workers, progress)
-    return EncodedImages(features, labels, label_names(dataset))
+    return EncodedImages(features, labels, names)
 
 
 def compute_features(
@@ -142,12 +150,14 @@ def compute_features(
         )
     if not len(dataset):
         raise ValueError("expected at least one image, got an empty dataset")
-    loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=collate_classification)
+    collator = FeatureCollator(collate_classification)
+    loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=collator)
     device = next(encoder.parameters()).device
     store, labels, start = None, [], 0
     with frozen(encoder):
         for batch in tqdm(loader, desc=description, disable=not progress):
-            encoded = encoder.encode(batch["pixel_values"].to(device))
+            cached = "encoder_outputs" in batch
+            encoded = batch["encoder_outputs"] if cached else encoder.encode(batch["pixel_values"].to(device))
             store = allocate(encoded, len(dataset)) if store is None else store
             start = write_rows(store, encoded, start)
             labels.append(batch["labels"])
@@ -156,15 +166,18 @@ def compute_features(
 
 @contextmanager
 def frozen(model: nn.Module):
-    """No gradients and eval mode inside; behind it every module is in the mode it was in."""
+    """No gradients and eval mode inside; behind it every module and parameter is as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
     try:
         with torch.no_grad():
             yield
     finally:
         for module, training in modes:
             module.training = training
+        for parameter in trained:
+            parameter.requires_grad = True
 
 
 def allocate(encoded, length: int):
