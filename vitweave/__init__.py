@@ -21,6 +21,11 @@ PUBLIC = {
     "DepthImageProcessorPil": "vitweave.processing.image_processing_pil_depth",
     "DepthMetrics": "vitweave.training.depth_metrics",
     "ImageClassificationDataset": "vitweave.training.classification_data",
+    "LayerFusionBackbone": "vitweave.modeling.modeling_layer_fusion",
+    "LayerFusionConfig": "vitweave.configuration.configuration_layer_fusion",
+    "LayerFusionForImageClassification": "vitweave.modeling.modeling_layer_fusion",
+    "LayerFusionModel": "vitweave.modeling.modeling_layer_fusion",
+    "MirroredSamples": "vitweave.training.mirrored_samples",
     "SegmentationAugmentation": "vitweave.processing.augmentation",
     "SegmentationDataset": "vitweave.training.segmentation_data",
     "SegmentationImageProcessor": "vitweave.processing.image_processing_segmentation",
@@ -38,12 +43,15 @@ PUBLIC = {
     "export": "vitweave.hub.export",
     "inspect_model": "vitweave.analysis.report",
     "lora_config": "vitweave.training.lora",
+    "predict_depth": "vitweave.training.depth_evaluation",
     "probe_classifier": "vitweave.training.probe_classifier",
     "sliding_window_logits": "vitweave.processing.sliding_window",
     "train_attentive_probe": "vitweave.training.attentive_probes",
     "train_classification": "vitweave.training.classification",
+    "train_depth": "vitweave.training.depth",
     "train_linear_probes": "vitweave.training.linear_probes",
     "train_segmentation": "vitweave.training.segmentation",
+    "write_depth_rows": "vitweave.training.pictures",
 }
 
 register()
