@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from reference_layer_fusion_1 import KINDS as LAYER_FUSION_KINDS_1
 from reference_layer_fusion_2 import KINDS as LAYER_FUSION_KINDS_2
+from reference_retrieval import KINDS as RETRIEVAL_KINDS
 from safetensors.torch import load_file
 from transformers import AttentionInterface
 
@@ -294,6 +295,7 @@ KINDS = {
     "heads": replay_heads,
     **LAYER_FUSION_KINDS_1,
     **LAYER_FUSION_KINDS_2,
+    **RETRIEVAL_KINDS,
 }
 
 

@@ -1,17 +1,31 @@
 """A config, or the dict of one, to a config object: own types first, then transformers' registry."""
 
+from collections.abc import Callable
+
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+
+def _layer_fusion_vision() -> type[PreTrainedConfig]:
+    from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig  # it imports this module
+
+    return LayerFusionConfig
+
+
+def _specialized_vit() -> type[PreTrainedConfig]:
+    from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+
+    return SpecializedViTConfig
+
 
 # Asked before transformers' own table, so that a self-contained bundle works where nothing is registered.
-OWN_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    "specialized_vit": SpecializedViTConfig,
+OWN_CONFIGS: dict[str, Callable[[], type[PreTrainedConfig]]] = {
+    "layer_fusion_vision": _layer_fusion_vision,
+    "specialized_vit": _specialized_vit,
 }
 
 
 def resolve_config(config: dict | PreTrainedConfig, role: str = "backbone_config") -> PreTrainedConfig:
-    """Turn the dict of any registered vision config into that config.
+    """Turn the dict of any registered config into that config.
 
     Args:
         config: a config object (returned as it is) or its dict with a `model_type`.
@@ -24,7 +38,7 @@ def resolve_config(config: dict | PreTrainedConfig, role: str = "backbone_config
     if model_type is None:
         raise ValueError(f"{role} needs a 'model_type', e.g. 'dinov2'; got the keys {sorted(options)}")
     if model_type in OWN_CONFIGS:
-        return OWN_CONFIGS[model_type].from_dict(options)
+        return OWN_CONFIGS[model_type]().from_dict(options)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"{role} has the unknown model_type {model_type!r}; known are the model types of the installed transformers"

@@ -13,7 +13,14 @@ def _specialized_vit() -> dict[str, type[PreTrainedModel]]:
     return {"model": SpecializedViTModel, "backbone": SpecializedViTBackbone}
 
 
+def _layer_fusion_vision() -> dict[str, type[PreTrainedModel]]:
+    from vitweave.modeling.modeling_layer_fusion import LayerFusionBackbone, LayerFusionModel
+
+    return {"model": LayerFusionModel, "backbone": LayerFusionBackbone}
+
+
 OWN_MODELS = {
+    "layer_fusion_vision": _layer_fusion_vision,
     "specialized_vit": _specialized_vit,
 }
 
