@@ -16,9 +16,7 @@ def replay_loss_clip_siglip(case):
 
 def replay_late_interaction(case):
     given = case.group("input")
-    masks = [
-        torch.arange(given[name].shape[1]) < given[f"{name}_lengths"][:, None] for name in ("query", "doc")
-    ]
+    masks = [torch.arange(given[name].shape[1]) < given[f"{name}_lengths"][:, None] for name in ("query", "doc")]
     tokens = [given[name].masked_fill(~mask[..., None], 0) for name, mask in zip(("query", "doc"), masks, strict=True)]
     padded = late_interaction(*tokens)  # zero rows inside the maximum
     case.check("output.maxsim", padded)

@@ -21,6 +21,8 @@ PUBLIC = {
     "DepthImageProcessorPil": "vitweave.processing.image_processing_pil_depth",
     "DepthMetrics": "vitweave.training.depth_metrics",
     "ImageClassificationDataset": "vitweave.training.classification_data",
+    "ImageTextRetrieverConfig": "vitweave.configuration.configuration_image_text_retriever",
+    "ImageTextRetrieverModel": "vitweave.modeling.modeling_image_text_retriever",
     "LayerFusionBackbone": "vitweave.modeling.modeling_layer_fusion",
     "LayerFusionConfig": "vitweave.configuration.configuration_layer_fusion",
     "LayerFusionForImageClassification": "vitweave.modeling.modeling_layer_fusion",

@@ -7,16 +7,19 @@ from transformers import (
     AutoModelForDepthEstimation,
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
+    AutoModelForZeroShotImageClassification,
 )
 from transformers.models.auto.image_processing_auto import (
     AutoImageProcessor,  # the public name needs torchvision at 5.13
 )
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
+from vitweave.modeling.modeling_image_text_retriever import ImageTextRetrieverModel
 from vitweave.modeling.modeling_layer_fusion import (
     LayerFusionBackbone,
     LayerFusionForImageClassification,
@@ -50,6 +53,11 @@ FAMILIES = (
             AutoBackbone: LayerFusionBackbone,
             AutoModelForImageClassification: LayerFusionForImageClassification,
         },
+        None,
+    ),
+    (
+        ImageTextRetrieverConfig,
+        {AutoModel: ImageTextRetrieverModel, AutoModelForZeroShotImageClassification: ImageTextRetrieverModel},
         None,
     ),
     (

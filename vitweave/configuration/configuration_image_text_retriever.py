@@ -42,7 +42,10 @@ class ImageTextRetrieverConfig(VitweaveConfig):
     """
 
     model_type = "image_text_retriever"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # the form that works from 5.13 to the newest
+    sub_configs = {
+        "vision_config": AutoConfig,
+        "text_config": AutoConfig,
+    }  # the form that works from 5.13 to the newest
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None

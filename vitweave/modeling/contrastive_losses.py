@@ -94,13 +94,11 @@ def late_interaction(
     Returns:
         (queries, documents).
     """
-    similarity = torch.einsum("qmh,dnh->qdmn", queries, documents)
+    similarity = torch.einsum("qmh,dnh->qdmn", queries, documents) / (temperature or 1.0)
     if document_mask is not None:
         similarity = similarity.masked_fill(~document_mask[None, :, None], torch.finfo(similarity.dtype).min)
-    if temperature > 0:
-        best = temperature * (similarity / temperature).logsumexp(dim=-1)
-    else:
-        best = similarity.amax(dim=-1)  # (queries, documents, query tokens)
+    best = temperature * similarity.logsumexp(dim=-1) if temperature else similarity.amax(dim=-1)
+    # best: (queries, documents, query tokens)
     if document_mask is not None:
         best = best.masked_fill(~document_mask.any(dim=1)[None, :, None], 0)
     if query_mask is not None:

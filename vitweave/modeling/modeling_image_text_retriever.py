@@ -1,0 +1,379 @@
+"""Images and texts in one space: any vision encoder and any text encoder, with tiles and sentences aligned."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
+from vitweave.modeling.contrastive_losses import CONTRASTIVE_LOSSES, at_least_float32, pair_targets
+from vitweave.modeling.gather import gather_rows
+from vitweave.modeling.image_text_embeddings import ImageEmbeddings, TextEmbeddings, encode_in_chunks, gathered
+from vitweave.modeling.own_models import build_model
+from vitweave.modeling.pretrained import VitweavePreTrainedModel
+from vitweave.modeling.text_encoder import (
+    build_text_model,
+    check_text_model,
+    check_texts,
+    drop_unread_pooler,
+    longest_text,
+    pool_text,
+    run_text_model,
+    text_hash,
+)
+from vitweave.modeling.tile_alignment import TileAlignment
+from vitweave.modeling.vision_tower import VisionTower, find_tower
+
+LARGEST_SCALE = 100.0  # CLIP's limit of the factor on cosines
+
+
+@dataclass
+class ImageTextRetrieverOutput(ModelOutput):
+    """What the retriever says about a batch of images and a batch of texts.
+
+    Args:
+        loss: contrastive loss of the pairs, image i with text i.
+        logits_per_image: (images, texts), scaled cosines of the global embeddings.
+        logits_per_text: (texts, images), the same.
+        text_embeds: (texts, projection_dim), unit vectors.
+        image_embeds: (images, projection_dim), unit vectors.
+        local_scores: (images, texts), how well tiles and sentences fit; with alignment and sentences only.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
+    local_scores: Tensor | None = None
+
+
+class ImageTextRetrieverModel(VitweavePreTrainedModel):
+    """Dual encoder of images and texts with a contrastive loss, global and, by option, tile <-> sentence.
+
+    In training the pairs of all processes are compared with each other (every process computes the loss of the joint
+    batch); in evaluation each process compares its own. `embedding_chunk_size` encodes training batches chunk by chunk
+    (`vitweave.training.cached_gradients`).
+
+    Args:
+        vision_model, text_model: taken as they are, weights and all; None builds them from the config.
+    """
+
+    config: ImageTextRetrieverConfig
+    config_class = ImageTextRetrieverConfig
+    base_model_prefix = "image_text_retriever"
+    input_modalities = ("image", "text")
+
+    def __init__(
+        self,
+        config: ImageTextRetrieverConfig,
+        vision_model: PreTrainedModel | None = None,
+        text_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        self.vision_model = build_model(config.vision_config) if vision_model is None else vision_model
+        self.text_model = build_text_model(config.text_config) if text_model is None else text_model
+        check_text_model(self.text_model)
+        if config.text_pooling != "pooler":
+            drop_unread_pooler(self.text_model)
+        self.tower = VisionTower(self.vision_model, len(config.tile_levels), config.tile_source)
+        self.text_limit = longest_text(self.text_model)
+        self.embedding_chunk_size: int | None = None
+        text_size = config.text_config.hidden_size
+        self.visual_projection = nn.Linear(self.tower.pooled_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(text_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.alignment = None
+        if config.local_loss_weight > 0:
+            self.alignment = TileAlignment(
+                config.tile_levels,
+                self.tower.map_channels,
+                text_size,
+                config.projection_dim,
+                config.local_temperature,
+            )
+            self.local_logit_scale = nn.Parameter(torch.empty(()))
+        if config.contrastive_loss == "siglip":
+            self.logit_bias = nn.Parameter(torch.empty(()))
+            if self.alignment is not None:
+                self.local_logit_bias = nn.Parameter(torch.empty(()))
+        self.set_start_values()
+        self.post_init()
+
+    @classmethod
+    def from_encoders(
+        cls, vision_model: PreTrainedModel, text_model: PreTrainedModel, **options
+    ) -> "ImageTextRetrieverModel":
+        """Join a loaded vision model and a loaded text model, whose weights are kept; the projections are new.
+
+        Args:
+            vision_model: any vision model (of CLIP and the like the vision part is taken), or a layer fusion.
+            text_model: any text encoder. Its pooler is taken off unless `text_pooling="pooler"` reads it.
+            options: other fields of `ImageTextRetrieverConfig`.
+        """
+        check_text_model(text_model)
+        vision_model = find_tower(vision_model)
+        config = ImageTextRetrieverConfig(vision_config=vision_model.config, text_config=text_model.config, **options)
+        for module in (*vision_model.modules(), *text_model.modules()):
+            module._is_hf_initialized = True  # otherwise modules without the mark, e.g. new adapters, are drawn anew
+        model = cls(config, vision_model, text_model)
+        for name, module in model.named_children():
+            if name not in ("vision_model", "text_model"):
+                module.to(device=vision_model.device, dtype=vision_model.dtype)
+        for parameter in model.parameters(recurse=False):
+            parameter.data = parameter.data.to(device=vision_model.device, dtype=vision_model.dtype)
+        return model
+
+    def set_start_values(self) -> None:
+        """Scales and biases of the logits."""
+        for name, parameter in self.named_parameters(recurse=False):
+            value = self.config.logit_scale_init if name.endswith("scale") else self.config.logit_bias_init
+            init.constant_(parameter, value)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    # Images ----------------------------------------------------------------------------------------------------------
+
+    def encode_images(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> ImageEmbeddings:
+        """Embed images: (batch, channels, height, width) and, with padding, a patch_mask (batch, patches)."""
+        seen = self.tower.run(pixel_values, patch_mask)
+        pooled = F.normalize(self.visual_projection(seen.pooled), dim=-1)
+        if self.alignment is None:
+            return ImageEmbeddings(pooled)
+        return ImageEmbeddings(pooled, *self.alignment.tiles(seen.maps, seen.masks))
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: Tensor, patch_mask: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Embed images.
+
+        Args:
+            pixel_values: (batch, channels, height, width).
+            patch_mask: (batch, patches), True where a patch shows the image, not padding.
+            kwargs: `output_hidden_states` and `output_attentions` of the vision model, which then runs once more.
+
+        Returns:
+            pooler_output (batch, projection_dim), unit vectors; last_hidden_state (batch, tokens, hidden).
+        """
+        seen = self.tower.run(pixel_values, patch_mask, **kwargs)
+        hidden_states, attentions = None, seen.attentions
+        asked = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
+        config = self.vision_model.config
+        asked = {name: getattr(config, name, False) if value is None else value for name, value in asked.items()}
+        if any(asked.values()) and not self.tower.is_fused:
+            native = self.vision_model(pixel_values, return_dict=True, **asked)
+            hidden_states, attentions = native.get("hidden_states"), native.get("attentions")
+        return BaseModelOutputWithPooling(
+            last_hidden_state=seen.tokens,
+            pooler_output=F.normalize(self.visual_projection(seen.pooled), dim=-1),
+            hidden_states=hidden_states,
+            attentions=attentions,
+        )
+
+    def get_tile_features(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Tiles of images: (batch, tiles, projection_dim) unit vectors, and their mask (batch, tiles)."""
+        self.check_alignment()
+        return self.encode_images(pixel_values, patch_mask)[1:]
+
+    # Texts -----------------------------------------------------------------------------------------------------------
+
+    def encode_texts(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        sentence_ids: Tensor | None = None,
+        num_sentences: int | None = None,
+    ) -> TextEmbeddings:
+        """Embed texts; the arguments are those of `forward`.
+
+        Args:
+            num_sentences: of the longest caption; None counts them.
+        """
+        check_texts(input_ids, attention_mask, sentence_ids, self.text_limit)
+        outputs = run_text_model(self.text_model, input_ids, attention_mask, token_type_ids)
+        pooled = self.project_text(outputs, attention_mask)
+        if self.alignment is None or sentence_ids is None:
+            return TextEmbeddings(pooled)
+        num_sentences = int(sentence_ids.max()) + 1 if num_sentences is None else num_sentences
+        return TextEmbeddings(pooled, *self.alignment.sentences(outputs.last_hidden_state, sentence_ids, num_sentences))
+
+    def project_text(self, outputs: BaseModelOutputWithPooling, attention_mask: Tensor | None) -> Tensor:
+        """(batch, projection_dim), unit vectors."""
+        return F.normalize(self.text_projection(pool_text(outputs, attention_mask, self.config.text_pooling)), dim=-1)
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Embed texts (batch, tokens); kwargs go to the text model.
+
+        Returns:
+            pooler_output (batch, projection_dim), unit vectors; last_hidden_state (batch, tokens, hidden).
+        """
+        check_texts(input_ids, attention_mask, None, self.text_limit)
+        outputs = run_text_model(self.text_model, input_ids, attention_mask, token_type_ids, **kwargs)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self.project_text(outputs, attention_mask),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    def get_sentence_features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        sentence_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Sentences of texts: (batch, sentences, projection_dim) unit vectors, and their mask (batch, sentences)."""
+        self.check_alignment(sentence_ids)
+        return self.encode_texts(input_ids, attention_mask, token_type_ids, sentence_ids)[1:]
+
+    # Both ------------------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+        sentence_ids: Tensor | None = None,
+        caption_ids: Tensor | None = None,
+        return_loss: bool = True,
+        **kwargs,
+    ) -> ImageTextRetrieverOutput:
+        """Compare images with texts.
+
+        Args:
+            pixel_values: (images, channels, height, width).
+            input_ids: (texts, tokens); attention_mask and token_type_ids as the tokenizer gives them.
+            patch_mask: (images, patches), True where a patch shows the image, not padding.
+            sentence_ids: (texts, tokens), the sentence each token belongs to, -1 for none. A text may have none; it
+                then takes no part in the local loss.
+            caption_ids: (texts,) int64, equal where captions are; None compares the tokens.
+            return_loss: compute the loss of the pairs, image i with text i. In evaluation mode it is None where there
+                are not as many images as texts (candidate labels for one image).
+        """
+        has_pairs = len(pixel_values) == len(input_ids)
+        if return_loss and self.training and not has_pairs:
+            raise ValueError(
+                f"expected as many images as texts, image i with text i, got {len(pixel_values)} and {len(input_ids)}"
+            )
+        for name, given, rows in (("patch_mask", patch_mask, pixel_values), ("caption_ids", caption_ids, input_ids)):
+            if given is not None and len(given) != len(rows):
+                raise ValueError(f"expected {len(rows)} rows of {name}, one per sample, got {len(given)}")
+        return_loss = return_loss and has_pairs
+        if return_loss and self.training and self.alignment is not None:
+            self.check_alignment(sentence_ids)
+        images, texts = self.embed_pairs(
+            {"pixel_values": pixel_values, "patch_mask": patch_mask},
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "token_type_ids": token_type_ids,
+                "sentence_ids": sentence_ids,
+            },
+        )
+        logits = self.scaled(images.pooled @ texts.pooled.T)
+        loss = None
+        if return_loss:
+            captions = text_hash(input_ids, attention_mask) if caption_ids is None else caption_ids
+            loss = self.contrastive_loss(images, texts, captions)
+        return ImageTextRetrieverOutput(
+            loss=loss,
+            logits_per_image=logits,
+            logits_per_text=logits.T,
+            text_embeds=texts.pooled,
+            image_embeds=images.pooled,
+            local_scores=self.local_scores(images, texts),
+        )
+
+    def embed_pairs(self, image_inputs: dict, text_inputs: dict) -> tuple[ImageEmbeddings, TextEmbeddings]:
+        """Both towers; in training in chunks, if `embedding_chunk_size` says so."""
+        size = self.embedding_chunk_size
+        if not self.training or size is None:
+            return self.encode_images(**image_inputs), self.encode_texts(**text_inputs)
+        sentence_ids = text_inputs["sentence_ids"]
+        num_sentences = None if sentence_ids is None else int(sentence_ids.max()) + 1
+        images = encode_in_chunks(self.encode_images, size, **image_inputs)
+        return images, encode_in_chunks(self.encode_texts, size, **text_inputs, num_sentences=num_sentences)
+
+    def contrastive_loss(self, images: ImageEmbeddings, texts: TextEmbeddings, caption_ids: Tensor) -> Tensor:
+        """The loss of the pairs; in training of those of all processes.
+
+        Args:
+            caption_ids: (texts,), equal where captions are.
+        """
+        if self.training:
+            images, texts, caption_ids = gathered(images), gathered(texts), gather_rows(caption_ids)
+        criterion = CONTRASTIVE_LOSSES[self.config.contrastive_loss]
+        positive, ignored = pair_targets(caption_ids, self.config.duplicate_captions)
+        cosines = at_least_float32(images.pooled) @ at_least_float32(texts.pooled).T
+        loss = criterion(self.scaled(cosines), positive, ignored)
+        scores = self.local_scores(images, texts)
+        if scores is None:
+            return loss
+        has_sentences = texts.sentence_mask.any(dim=1)
+        local = criterion(self.scaled(scores, "local_"), positive & has_sentences, ignored | ~has_sentences)
+        return loss + self.config.local_loss_weight * local
+
+    def scaled(self, similarity: Tensor, which: str = "") -> Tensor:
+        """Similarities as logits: times the factor, which stays below its limit, plus the bias if there is one."""
+        factor = getattr(self, f"{which}logit_scale").exp()
+        # the gradient passes the limit: a factor that has run into it must find back
+        factor = factor + (factor.clamp(max=LARGEST_SCALE) - factor).detach()
+        bias = getattr(self, f"{which}logit_bias", None)
+        return similarity * factor if bias is None else similarity * factor + bias
+
+    def local_scores(self, images: ImageEmbeddings, texts: TextEmbeddings) -> Tensor | None:
+        """(images, texts), how well tiles and sentences fit; None without alignment or sentences."""
+        if self.alignment is None or texts.sentences is None:
+            return None
+        return self.alignment.scores(images.tiles, images.tile_mask, texts.sentences, texts.sentence_mask)
+
+    def ranking_scores(self, images: ImageEmbeddings, texts: TextEmbeddings, alpha: float | None = None) -> Tensor:
+        """Scores to rank by: `alpha * cosine + (1 - alpha) * local`; the cosine alone for texts without sentences.
+
+        Args:
+            images, texts: from `encode_images` and `encode_texts`.
+            alpha: None takes `config.ranking_alpha`.
+
+        Returns:
+            (images, texts).
+        """
+        cosines = images.pooled @ texts.pooled.T
+        local = self.local_scores(images, texts)
+        if local is None:
+            return cosines
+        alpha = self.config.ranking_alpha if alpha is None else alpha
+        return torch.where(texts.sentence_mask.any(dim=1), alpha * cosines + (1 - alpha) * local, cosines)
+
+    def check_alignment(self, sentence_ids: Tensor | bool | None = True) -> None:
+        """Refuse to align without the parts for it, or without sentences."""
+        if self.alignment is None:
+            raise ValueError("this retriever aligns no tiles and sentences; build it with local_loss_weight above 0")
+        if sentence_ids is None:
+            raise ValueError(
+                "tile <-> sentence alignment expected sentence_ids (texts, tokens): the number of the sentence each"
+                " token belongs to, -1 for none; got none. FigureTextProcessor makes them; zeros take each caption as"
+                " one sentence, and local_loss_weight=0 builds a model without alignment"
+            )
