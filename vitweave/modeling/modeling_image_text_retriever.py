@@ -119,7 +119,15 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
         """
         check_text_model(text_model)
         vision_model = find_tower(vision_model)
-        config = ImageTextRetrieverConfig(vision_config=vision_model.config, text_config=text_model.config, **options)
+        config = ImageTextRetrieverConfig(
+            vision_config=vision_model.config,
+            text_config=text_model.config,
+            attn_implementation={
+                "vision_config": vision_model.config._attn_implementation,
+                "text_config": text_model.config._attn_implementation,
+            },
+            **options,
+        )
         for module in (*vision_model.modules(), *text_model.modules()):
             module._is_hf_initialized = True  # otherwise modules without the mark, e.g. new adapters, are drawn anew
         model = cls(config, vision_model, text_model)

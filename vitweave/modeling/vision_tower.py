@@ -73,7 +73,7 @@ class VisionTower:
             features, tokens, fused = self.model.fuse(pixel_values, patch_mask, asked)
             prefix, grid, pooled = features.final[:2], tokens.grid, fused.pooled
             patches = tokens.base_patches if fused.patches is None else fused.patches
-            maps = fused.feature_maps
+            maps = fused.feature_maps or (tokens_to_map(patches, grid),)
             attentions = None if fused.attentions is None else (fused.attentions,)
         else:
             features = self.encoder(pixel_values)
