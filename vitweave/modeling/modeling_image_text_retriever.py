@@ -162,31 +162,29 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor, patch_mask: Tensor | None = None, **kwargs
+        self,
+        pixel_values: Tensor,
+        patch_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Embed images.
 
         Args:
             pixel_values: (batch, channels, height, width).
             patch_mask: (batch, patches), True where a patch shows the image, not padding.
-            kwargs: `output_hidden_states` and `output_attentions` of the vision model, which then runs once more.
+            output_attentions, output_hidden_states: those of the vision model.
 
         Returns:
             pooler_output (batch, projection_dim), unit vectors; last_hidden_state (batch, tokens, hidden).
         """
-        seen = self.tower.run(pixel_values, patch_mask, **kwargs)
-        hidden_states, attentions = None, seen.attentions
-        asked = {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
-        config = self.vision_model.config
-        asked = {name: getattr(config, name, False) if value is None else value for name, value in asked.items()}
-        if any(asked.values()) and not self.tower.is_fused:
-            native = self.vision_model(pixel_values, return_dict=True, **asked)
-            hidden_states, attentions = native.get("hidden_states"), native.get("attentions")
+        seen = self.tower.run(pixel_values, patch_mask, output_attentions, output_hidden_states)
         return BaseModelOutputWithPooling(
             last_hidden_state=seen.tokens,
             pooler_output=F.normalize(self.visual_projection(seen.pooled), dim=-1),
-            hidden_states=hidden_states,
-            attentions=attentions,
+            hidden_states=seen.hidden_states,
+            attentions=seen.attentions,
         )
 
     def get_tile_features(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

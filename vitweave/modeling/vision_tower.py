@@ -23,13 +23,15 @@ class TowerOutput:
         tokens: (batch, tokens, hidden), class tokens, registers and patches after the final norm.
         maps: (batch, channels, height, width), one per level of tiles.
         masks: (batch, height, width) of each map, True = valid, or None.
-        attentions: of a layer fusion, where it attends.
+        hidden_states: every layer, on request.
+        attentions: of a layer fusion, where it attends, or of every block; on request.
     """
 
     pooled: Tensor
     tokens: Tensor
     maps: tuple[Tensor, ...] = ()
     masks: tuple[Tensor | None, ...] = ()
+    hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
 
@@ -44,7 +46,7 @@ class VisionTower:
     def __init__(self, model: PreTrainedModel, levels: int, source: str):
         self.model, self.levels, self.source = model, levels, source
         self.is_fused = model.config.model_type == LAYER_FUSION
-        self.encoder = model.encoder if self.is_fused else VisionEncoder(model)
+        self.encoder = model.encoder if self.is_fused else VisionEncoder(model, final_norm=False, keep_final=True)
         if source == "maps":
             found = len(model.fusion.map_channels) if self.is_fused else 0
             if found != levels:
@@ -65,29 +67,47 @@ class VisionTower:
             return list(self.model.fusion.map_channels)
         return [self.encoder.facts.hidden_sizes[-1]] * self.levels
 
-    def run(self, pixel_values: Tensor, patch_mask: Tensor | None, **kwargs) -> TowerOutput:
-        """Encode (batch, channels, height, width); patch_mask is (batch, patches), True = valid."""
+    def run(
+        self,
+        pixel_values: Tensor,
+        patch_mask: Tensor | None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> TowerOutput:
+        """Encode (batch, channels, height, width); patch_mask is (batch, patches), True = valid.
+
+        What is asked for beside that may also be asked for by the vision model's config. Attentions of a model that is
+        no layer fusion take a second run, of its own forward.
+        """
+        config, attentions, maps = self.model.config, None, None
+        asks_attentions = config.output_attentions if output_attentions is None else output_attentions
+        asks_states = bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
         if self.is_fused:
-            asked = kwargs.get("output_attentions")
-            asked = self.model.config.output_attentions if asked is None else asked
-            features, tokens, fused = self.model.fuse(pixel_values, patch_mask, asked)
-            prefix, grid, pooled = features.final[:2], tokens.grid, fused.pooled
-            patches = tokens.base_patches if fused.patches is None else fused.patches
-            maps = fused.feature_maps or (tokens_to_map(patches, grid),)
+            features, _, fused = self.model.fuse(pixel_values, patch_mask, asks_attentions, asks_states)
+            pooled, patches, maps = fused.pooled, fused.patches, fused.feature_maps
             attentions = None if fused.attentions is None else (fused.attentions,)
         else:
-            features = self.encoder(pixel_values)
-            prefix, patches = (features.class_tokens[0], features.registers[0]), features.patches[0]
-            grid, pooled, maps, attentions = features.grids[0], features.pooled, None, None
+            features = self.encoder(pixel_values, all_layers=asks_states)
+            pooled, patches = features.pooled, None
+            if asks_attentions:
+                attentions = self.model(pixel_values, output_attentions=True, return_dict=True).attentions
+        patches = features.final[2] if patches is None else patches
+        grid = features.grids[-1]
         if patch_mask is not None and patch_mask.shape != patches.shape[:2]:
             raise ValueError(
                 f"expected a patch_mask (batch, patches) = {tuple(patches.shape[:2])} for a grid of"
                 f" {grid[0]}x{grid[1]}, got {tuple(patch_mask.shape)}"
             )
-        if self.source == "patches":
+        if self.source == "patches" or not maps:
             maps = (tokens_to_map(patches, grid),) * self.levels
-        masks = tuple(resized_mask(patch_mask, grid, level.shape[-2:]) for level in maps)
-        return TowerOutput(pooled, torch.cat([*prefix, patches], dim=1), maps, masks, attentions)
+        return TowerOutput(
+            pooled=pooled,
+            tokens=torch.cat([*features.final[:2], patches], dim=1),
+            maps=maps,
+            masks=tuple(resized_mask(patch_mask, grid, level.shape[-2:]) for level in maps),
+            hidden_states=features.states if asks_states else None,
+            attentions=attentions,
+        )
 
 
 def find_tower(model: PreTrainedModel) -> PreTrainedModel:
