@@ -288,8 +288,22 @@ def test_ranking_mixes_the_two_scores_and_falls_back_to_the_cosine():
 
 
 def test_levels_may_come_from_the_maps_of_a_fusion():
-    model = retriever(vision_config=fused(), tile_source="maps", tile_levels=[2])
-    assert model(**pairs()).loss.isfinite()
+    pyramid = fused(fusion_type="fpn", fusion_options={"out_channels": 8, "scales": [2, 1]})
+    model, inputs = retriever(vision_config=pyramid, tile_source="maps", tile_levels=[4, 1]).eval(), pairs()
+    mask = torch.ones(4, 16, dtype=torch.bool)
+    mask[:, :4] = False
+    tiles, valid = model.get_tile_features(inputs["pixel_values"], mask)
+    assert valid[0].tolist() == [False] * 4 + [True] * 13  # the first row of 4 x 4 tiles, and the whole image
+    fine, coarse = model.vision_model.fuse(inputs["pixel_values"], mask, False, False)[2].feature_maps
+    means = torch.cat(
+        [
+            fine[0].unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean((2, 4)).flatten(1).T[4:],
+            coarse[0, :, 1:].mean((1, 2))[None],
+        ]
+    )
+    expected = F.normalize(model.alignment.tile_projections["8"](means), dim=-1)
+    torch.testing.assert_close(tiles[0, valid[0]], expected)
+    assert retriever(vision_config=fused(), tile_source="maps", tile_levels=[2])(**inputs).loss.isfinite()
     with pytest.raises(ValueError, match="one feature map per level of tiles, 3, got 1"):
         retriever(vision_config=fused(), tile_source="maps")
     with pytest.raises(ValueError, match="needs a layer fusion with a pyramid"):
