@@ -9,15 +9,18 @@ from unittest import mock
 
 import torch
 from hf_model_suite import ModelSuiteSpec
-from transformers import BitImageProcessorPil, Dinov2Config, DPTImageProcessorPil
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BitImageProcessorPil, Dinov2Config, DPTImageProcessorPil, PreTrainedTokenizerFast
 from transformers.utils import is_torchvision_available
 
 import vitweave  # noqa: F401  (registers the classes)
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
+from vitweave.modeling.modeling_image_text_retriever import ImageTextRetrieverModel
 from vitweave.modeling.modeling_layer_fusion import (
     LayerFusionBackbone,
     LayerFusionForImageClassification,
@@ -185,6 +188,50 @@ def layer_fusion(name: str, encoder, fusion_type: str, backbone: bool = False, *
     )
 
 
+def pairs(batch: int = 13, size: tuple[int, int] = (30, 30)) -> dict:
+    ids = torch.randint(1, 99, (batch, 7))
+    return pixels(batch, size) | {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "sentence_ids": (torch.arange(7) // 3).repeat(batch, 1),
+    }
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["[PAD]", "[UNK]", "This", "is", "a", "photo", "of", "cat", "plane", "remote"]
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def retriever(name: str, vision, **options) -> ModelSuiteSpec:
+    text = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37)
+    return ModelSuiteSpec(
+        name=name,
+        config_class=ImageTextRetrieverConfig,
+        make_config=lambda: ImageTextRetrieverConfig(
+            vision_config=vision(), text_config=copy.deepcopy(text), projection_dim=16, **options
+        ),
+        make_inputs=lambda config: pairs(),
+        other_inputs=lambda config: pairs(2, (42, 24)),
+        model_classes=[ImageTextRetrieverModel],
+        base_model_classes=[ImageTextRetrieverModel],
+        is_composite=True,
+        vision=False,
+        tester_attrs={"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "image_size": 30}
+        | {"seq_length": 7, "key_length": 7},
+        config_kwargs={"projection_dim": 8},
+        config_common_properties=["projection_dim"],
+        pipelines={"zero-shot-image-classification": ImageTextRetrieverModel},
+        pipeline_image_processor=lambda: BitImageProcessorPil(size=SIZE, crop_size=SIZE),
+        tokenizer=tiny_tokenizer,
+    )
+
+
+def tiny_fusion() -> LayerFusionConfig:
+    return LayerFusionConfig(encoder_config=tiny_vit(), layers=[1, 2], fusion_type="film")
+
+
 def tiny_dinov2() -> Dinov2Config:
     options = {name: value for name, value in TINY_VIT.items() if name != "attn_implementation"}
     return Dinov2Config(**options, out_indices=[1, 2])
@@ -206,6 +253,8 @@ def specs() -> list[ModelSuiteSpec]:
         layer_fusion("layer_fusion_probe", tiny_vit, "attentive_probe"),
         layer_fusion("layer_fusion_dinov2", tiny_dinov2, "concat", include_mean_patch=True),
         layer_fusion("layer_fusion_maps", tiny_dinov2, "cross_layer_attention", backbone=True, dense=True, num_heads=4),
+        retriever("image_text_retriever", tiny_vit, local_loss_weight=0.5),
+        retriever("image_text_retriever_fused", tiny_fusion, local_loss_weight=0.5, contrastive_loss="siglip"),
         dense_predictor("dense_predictor", lambda: tiny_vit(out_indices=[1, 2]), "linear"),
         dense_predictor("dense_predictor_dinov2", tiny_dinov2, "mlp"),
         depth_predictor("depth_predictor", lambda: tiny_vit(out_indices=[1, 2]), "linear"),

@@ -1,20 +1,24 @@
 """What "works" means, for every model class: one table of classes, one test per demand."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
+from retrieval_models import text_config
 from torch.export import Dim
 from transformers import Dinov2Config, Trainer, TrainingArguments, pipeline
 
 from vitweave.auto import FAMILIES
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
+from vitweave.modeling.modeling_image_text_retriever import ImageTextRetrieverModel
 from vitweave.modeling.modeling_layer_fusion import (
     LayerFusionBackbone,
     LayerFusionForImageClassification,
@@ -69,6 +73,9 @@ class Subject:
             return {"labels": torch.randint(0, 3, (pixels.shape[0], *pixels.shape[2:]), generator=generator)}
         if self.model_class is DensePredictorForDepthEstimation:
             return {"labels": 12 * torch.rand(pixels.shape[0], *pixels.shape[2:], generator=generator) - 3}
+        if self.model_class is ImageTextRetrieverModel:
+            ids = torch.randint(1, 40, (len(pixels), 9), generator=generator)
+            return {"input_ids": ids, "sentence_ids": (torch.arange(9) // 3).expand_as(ids)}
         return {}
 
 
@@ -94,6 +101,14 @@ def fused(fusion_type: str, encoder: Callable = vit, **fields) -> Callable:
     return config
 
 
+def retriever(vision: Callable, **fields) -> Callable:
+    def config(**changes) -> ImageTextRetrieverConfig:
+        facts = {"projection_dim": 16, "text_config": text_config()} | fields | changes
+        return ImageTextRetrieverConfig(vision_config=vision(), **facts)
+
+    return config
+
+
 DEEPEST_CLS = tuple(
     f"layer.2.{name}"
     for name in (
@@ -101,6 +116,7 @@ DEEPEST_CLS = tuple(
         *("layer_scale1_cls.lambda1", "layer_scale2_cls.lambda1"),
     )
 )
+DEEPEST_PATCHES = tuple(name.replace("_cls", "") for name in DEEPEST_CLS)  # where the class token alone is read
 SUBJECTS = {
     "model": Subject(SpecializedViTModel, vit, "image-feature-extraction"),
     "model-everything": Subject(SpecializedViTModel, lambda **changes: vit(**EVERYTHING | changes)),
@@ -141,6 +157,11 @@ SUBJECTS = {
     "fused-classifier": Subject(
         LayerFusionForImageClassification, fused("cross_layer_attention"), "image-classification"
     ),
+    "retriever": Subject(ImageTextRetrieverModel, retriever(vit), unread=DEEPEST_PATCHES),
+    "retriever-local": Subject(
+        ImageTextRetrieverModel,
+        retriever(fused("film"), local_loss_weight=0.5, contrastive_loss="siglip"),
+    ),
     "segmenter-linear": Subject(
         DensePredictorForSemanticSegmentation, dense(vit, "linear"), "image-segmentation", DEEPEST_CLS
     ),
@@ -166,16 +187,26 @@ def pixels(batch: int = 2, height: int = 32, width: int = 32, seed: int = 1) -> 
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
+def texts(model, batch: int) -> dict[str, torch.Tensor]:
+    """What a model that compares images with texts needs beside them."""
+    plain = getattr(model, "_orig_mod", model)  # torch.compile hides the signature
+    if "input_ids" not in inspect.signature(plain.forward).parameters:
+        return {}
+    return {"input_ids": torch.arange(1, 10).repeat(batch, 1), "return_loss": False}
+
+
 def tensors(outputs) -> list[torch.Tensor]:
     found = []
-    for value in outputs.values():
+    for name, value in outputs.items():
+        if name.startswith("logits_per"):
+            continue  # compare all images with all texts
         found += [value] if isinstance(value, torch.Tensor) else list(value)
     return found
 
 
 def run(model, images: torch.Tensor, **inputs) -> list[torch.Tensor]:
     with torch.no_grad():
-        return tensors(model(images, **inputs))
+        return tensors(model(images, **texts(model, len(images)) | inputs))
 
 
 def assert_same(actual: list, expected: list, tolerance: float = 1e-6):
@@ -282,10 +313,13 @@ def test_exports_with_dynamic_batch_and_size(subject):
     model = subject.build()
     height, width = 8 * Dim("rows", min=2, max=16), 8 * Dim("columns", min=2, max=16)
     shapes = {"pixel_values": {0: Dim("batch", min=1, max=8), 2: height, 3: width}}
-    program = torch.export.export(model, (), {"pixel_values": pixels()}, dynamic_shapes=shapes)
-    other = pixels(3, 24, 40)
+    inputs = {"pixel_values": pixels()} | texts(model, 2)
+    shapes |= {name: {0: Dim("texts", min=1, max=8)} for name in inputs if name == "input_ids"}
+    shapes |= {name: None for name in inputs if name not in shapes}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=shapes)
+    other = inputs | {"pixel_values": pixels(3, 24, 40)} | texts(model, 3)
     with torch.no_grad():
-        assert_same(tensors(program.module()(pixel_values=other)), run(model, other), 1e-5)
+        assert_same(tensors(program.module()(**other)), run(model, other["pixel_values"]), 1e-5)
 
 
 @every_subject

@@ -279,7 +279,7 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
             return_loss: compute the loss of the pairs, image i with text i. In evaluation mode it is None where there
                 are not as many images as texts (candidate labels for one image).
         """
-        has_pairs = len(pixel_values) == len(input_ids)
+        has_pairs = return_loss and len(pixel_values) == len(input_ids)
         if return_loss and self.training and not has_pairs:
             raise ValueError(
                 f"expected as many images as texts, image i with text i, got {len(pixel_values)} and {len(input_ids)}"
@@ -287,8 +287,7 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
         for name, given, rows in (("patch_mask", patch_mask, pixel_values), ("caption_ids", caption_ids, input_ids)):
             if given is not None and len(given) != len(rows):
                 raise ValueError(f"expected {len(rows)} rows of {name}, one per sample, got {len(given)}")
-        return_loss = return_loss and has_pairs
-        if return_loss and self.training and self.alignment is not None:
+        if has_pairs and self.training and self.alignment is not None:
             self.check_alignment(sentence_ids)
         images, texts = self.embed_pairs(
             {"pixel_values": pixel_values, "patch_mask": patch_mask},
@@ -301,7 +300,7 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
         )
         logits = self.scaled(images.pooled @ texts.pooled.T)
         loss = None
-        if return_loss:
+        if has_pairs:
             captions = text_hash(input_ids, attention_mask) if caption_ids is None else caption_ids
             loss = self.contrastive_loss(images, texts, captions)
         return ImageTextRetrieverOutput(
