@@ -10,7 +10,13 @@ from unittest import mock
 import torch
 from hf_model_suite import ModelSuiteSpec
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BitImageProcessorPil, Dinov2Config, DPTImageProcessorPil, PreTrainedTokenizerFast
+from transformers import (
+    BitImageProcessorPil,
+    Dinov2Config,
+    DistilBertConfig,
+    DPTImageProcessorPil,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import is_torchvision_available
 
 import vitweave  # noqa: F401  (registers the classes)
@@ -204,8 +210,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
 
 
-def retriever(name: str, vision, **options) -> ModelSuiteSpec:
-    text = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37)
+def retriever(name: str, vision, skip: dict | None = None, **options) -> ModelSuiteSpec:
+    # its attention is one module, as the check of the attention interface expects
+    text = DistilBertConfig(vocab_size=99, dim=32, n_layers=2, n_heads=4, hidden_dim=37)
+    skips = {
+        name: "hidden states and attentions come with get_image_features and get_text_features"
+        for name in ("test_hidden_states_output", "test_retain_grad_hidden_states_attentions", "test_attention_outputs")
+    }
     return ModelSuiteSpec(
         name=name,
         config_class=ImageTextRetrieverConfig,
@@ -217,7 +228,6 @@ def retriever(name: str, vision, **options) -> ModelSuiteSpec:
         model_classes=[ImageTextRetrieverModel],
         base_model_classes=[ImageTextRetrieverModel],
         is_composite=True,
-        vision=False,
         tester_attrs={"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "image_size": 30}
         | {"seq_length": 7, "key_length": 7},
         config_kwargs={"projection_dim": 8},
@@ -225,6 +235,9 @@ def retriever(name: str, vision, **options) -> ModelSuiteSpec:
         pipelines={"zero-shot-image-classification": ImageTextRetrieverModel},
         pipeline_image_processor=lambda: BitImageProcessorPil(size=SIZE, crop_size=SIZE),
         tokenizer=tiny_tokenizer,
+        class_attrs={"additional_model_inputs": ["input_ids", "sentence_ids"]},
+        skips=skips | (skip or {}),
+        overrides={"test_can_load_ignoring_mismatched_shapes": mismatched_shapes_with_switches},
     )
 
 
@@ -254,7 +267,13 @@ def specs() -> list[ModelSuiteSpec]:
         layer_fusion("layer_fusion_dinov2", tiny_dinov2, "concat", include_mean_patch=True),
         layer_fusion("layer_fusion_maps", tiny_dinov2, "cross_layer_attention", backbone=True, dense=True, num_heads=4),
         retriever("image_text_retriever", tiny_vit, local_loss_weight=0.5),
-        retriever("image_text_retriever_fused", tiny_fusion, local_loss_weight=0.5, contrastive_loss="siglip"),
+        retriever(
+            "image_text_retriever_fused",
+            tiny_fusion,
+            {"test_get_image_features_attentions": "the attentions of this tower are its fusion's, and it has none"},
+            local_loss_weight=0.5,
+            contrastive_loss="siglip",
+        ),
         dense_predictor("dense_predictor", lambda: tiny_vit(out_indices=[1, 2]), "linear"),
         dense_predictor("dense_predictor_dinov2", tiny_dinov2, "mlp"),
         depth_predictor("depth_predictor", lambda: tiny_vit(out_indices=[1, 2]), "linear"),

@@ -47,3 +47,11 @@ class VitweaveConfig(PreTrainedConfig):
                 raise ValueError(f"{type(self).__name__} has no option {told}")
             logger.warning("this config.json holds options that %s does not read: %s", type(self).__name__, told)
         super().__post_init__(**extra)
+
+    def __setattr__(self, key, value):
+        super().__setattr__(key, value)
+        if key == "dtype":  # transformers hands it one level down; a composite may hold composites
+            for name in self.sub_configs:
+                part = vars(self).get(name)
+                if isinstance(part, PreTrainedConfig):
+                    part.dtype = value

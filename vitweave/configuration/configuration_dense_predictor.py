@@ -45,5 +45,7 @@ class DensePredictorConfig(VitweaveConfig):
     max_depth: float | int = 10.0
 
     def __post_init__(self, **extra):
-        self.backbone_config = resolve_config(self.backbone_config or {"model_type": "specialized_vit"})
+        self.backbone_config = resolve_config(
+            self.backbone_config or {"model_type": "specialized_vit"}, saved_by=self.transformers_version
+        )
         super().__post_init__(**extra)

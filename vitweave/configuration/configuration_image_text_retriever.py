@@ -63,7 +63,9 @@ class ImageTextRetrieverConfig(VitweaveConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **extra):
-        vision = resolve_config(self.vision_config or {"model_type": "specialized_vit"}, role="vision_config")
+        vision = resolve_config(
+            self.vision_config or {"model_type": "specialized_vit"}, "vision_config", self.transformers_version
+        )
         self.vision_config = vision_part(vision)
         text = resolve_config(self.text_config or {"model_type": "bert"}, role="text_config")
         self.text_config = getattr(text, "text_config", text)  # of CLIP, SigLIP ... the text part

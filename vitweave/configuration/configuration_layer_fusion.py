@@ -43,7 +43,9 @@ class LayerFusionConfig(BackboneConfigMixin, VitweaveConfig):
         self.stage_names = None
         extra.pop("stage_names", None)
         self.set_output_features_output_indices(extra.pop("out_features", None), extra.pop("out_indices", None))
-        encoder = resolve_config(self.encoder_config or {"model_type": "specialized_vit"}, role="encoder_config")
+        encoder = resolve_config(
+            self.encoder_config or {"model_type": "specialized_vit"}, "encoder_config", self.transformers_version
+        )
         self.encoder_config = vision_part(encoder)
         self.layers = self.chosen_layers(self.layers)
         super().__post_init__(**extra)

@@ -24,12 +24,16 @@ OWN_CONFIGS: dict[str, Callable[[], type[PreTrainedConfig]]] = {
 }
 
 
-def resolve_config(config: dict | PreTrainedConfig, role: str = "backbone_config") -> PreTrainedConfig:
+def resolve_config(
+    config: dict | PreTrainedConfig, role: str = "backbone_config", saved_by: str | None = None
+) -> PreTrainedConfig:
     """Turn the dict of any registered config into that config.
 
     Args:
         config: a config object (returned as it is) or its dict with a `model_type`.
         role: the option's name, for error messages.
+        saved_by: the `transformers_version` of the config around it, if that was read from a file: entries that the
+            installed version does not know are then kept with a warning, and refused otherwise.
     """
     if isinstance(config, PreTrainedConfig):
         return config
@@ -38,6 +42,7 @@ def resolve_config(config: dict | PreTrainedConfig, role: str = "backbone_config
     if model_type is None:
         raise ValueError(f"{role} needs a 'model_type', e.g. 'dinov2'; got the keys {sorted(options)}")
     if model_type in OWN_CONFIGS:
+        options = {"transformers_version": saved_by} | options
         return OWN_CONFIGS[model_type]().from_dict(options)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(

@@ -27,7 +27,7 @@ from vitweave.modeling.text_encoder import (
     run_text_model,
     text_hash,
 )
-from vitweave.modeling.tile_alignment import TileAlignment
+from vitweave.modeling.tile_alignment import TileAlignment, count_sentences
 from vitweave.modeling.vision_tower import VisionTower, find_tower
 
 LARGEST_SCALE = 100.0  # CLIP's limit of the factor on cosines
@@ -212,7 +212,7 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
         pooled = self.project_text(outputs, attention_mask)
         if self.alignment is None or sentence_ids is None:
             return TextEmbeddings(pooled)
-        num_sentences = int(sentence_ids.max()) + 1 if num_sentences is None else num_sentences
+        num_sentences = count_sentences(sentence_ids) if num_sentences is None else num_sentences
         return TextEmbeddings(pooled, *self.alignment.sentences(outputs.last_hidden_state, sentence_ids, num_sentences))
 
     def project_text(self, outputs: BaseModelOutputWithPooling, attention_mask: Tensor | None) -> Tensor:
@@ -318,7 +318,7 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
         if not self.training or size is None:
             return self.encode_images(**image_inputs), self.encode_texts(**text_inputs)
         sentence_ids = text_inputs["sentence_ids"]
-        num_sentences = None if sentence_ids is None else int(sentence_ids.max()) + 1
+        num_sentences = None if sentence_ids is None else count_sentences(sentence_ids)
         images = encode_in_chunks(self.encode_images, size, **image_inputs)
         return images, encode_in_chunks(self.encode_texts, size, **text_inputs, num_sentences=num_sentences)
 

@@ -91,6 +91,11 @@ class TileAlignment(nn.Module):
         ).T
 
 
+def count_sentences(sentence_ids: Tensor) -> int:
+    """Sentences of the longest caption; while compiling, where values are not known, no fewer than that."""
+    return sentence_ids.shape[1] if torch.compiler.is_compiling() else int(sentence_ids.max()) + 1
+
+
 def pool_tiles(feature_map: Tensor, mask: Tensor | None, level: int) -> tuple[Tensor, Tensor]:
     """Means over the cells of a `level` x `level` grid; a position that two cells share counts in each by its part.
 
