@@ -57,7 +57,7 @@ FAMILIES = (
     ),
     (
         ImageTextRetrieverConfig,
-        {AutoModel: ImageTextRetrieverModel, AutoModelForZeroShotImageClassification: ImageTextRetrieverModel},
+        {AutoModelForZeroShotImageClassification: ImageTextRetrieverModel, AutoModel: ImageTextRetrieverModel},
         None,
     ),
     (

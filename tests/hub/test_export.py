@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from retrieval_models import retriever
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
@@ -201,6 +202,18 @@ def test_a_depth_model_leaves_with_its_code(tmp_path, head_type):
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForDepthEstimation"] == "modeling_depth.DensePredictorForDepthEstimation"
     assert {"dpt_neck.py", "depth_losses.py", "class_tokens.py"} < {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_retriever_over_a_layer_fusion_leaves_with_its_code(tmp_path):
+    torch.manual_seed(0)
+    vision = {"model_type": "layer_fusion_vision", "encoder_config": {"model_type": "specialized_vit", **TINY}}
+    model = retriever(vision_config=vision | {"layers": [1, 3]}, contrastive_loss="siglip").eval()
+    folder = export(model, tmp_path / "out", PROCESSOR)  # loads it and compares the embeddings
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForZeroShotImageClassification"].startswith("modeling_image_text_retriever.")
+    assert "pipeline_tag: zero-shot-image-classification" in (folder / "README.md").read_text()
+    assert {"modeling_layer_fusion.py", "layer_fusion_film.py", "gather.py"} < {file.name for file in folder.iterdir()}
 
 
 def test_a_blocked_package_cannot_be_imported(monkeypatch):

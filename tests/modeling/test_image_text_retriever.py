@@ -134,6 +134,14 @@ def test_nested_configs_come_back_with_their_attention_and_dtype(tmp_path):
     parts = (loaded.vision_model, loaded.text_model)
     assert {(part.config._attn_implementation, part.dtype) for part in parts} == {("sdpa", torch.bfloat16)}
     assert loaded.config.to_dict()["vision_config"]["hidden_size"] == 32
+    with_fusion = retriever(vision_config=fused())
+    with_fusion.config.vision_config.encoder_config.from_the_future = 1
+    with_fusion.save_pretrained(tmp_path)
+    loaded = ImageTextRetrieverModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.config.vision_config.encoder_config.dtype == torch.bfloat16
+    assert loaded.config.vision_config.encoder_config.from_the_future == 1
+    with pytest.raises(ValueError, match="has no option 'from_the_future'"):
+        retriever(vision_config=VISION | {"from_the_future": 1})
     assert type(resolve_config(fused().to_dict())) is LayerFusionConfig
     assert type(build_model(fused())) is LayerFusionModel
 
@@ -213,12 +221,31 @@ def test_the_local_loss_counts_by_its_weight_and_leaves_out_texts_without_senten
     local = model(**inputs).loss - both
     assert local > 0
     inputs["sentence_ids"][1] = -1
-    changed = model(**inputs)
-    assert (changed.local_scores[:, 1] == 0).all() and changed.loss - both != local
+    assert model(**inputs).loss - both != local
+    assert (model.eval()(**inputs).local_scores[:, 1] == 0).all()
+    model.train()
     inputs["sentence_ids"][:] = -1
     torch.testing.assert_close(model(**inputs).loss, both)
     model(**inputs).loss.backward()
     assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
+
+
+def test_frozen_parts_stand_still_also_after_loading(tmp_path):
+    model = retriever(vision_config=fused(), freeze_vision_encoder=True, freeze_text_model=True)
+    model.save_pretrained(tmp_path)
+    for frozen in (model, ImageTextRetrieverModel.from_pretrained(tmp_path)):
+        frozen.train()(**pairs()).loss.backward()
+        assert not frozen.text_model.training and not frozen.vision_model.encoder.model.training
+        learning = {name.partition(".")[0] for name, weight in frozen.named_parameters() if weight.grad is not None}
+        assert learning == {"vision_model", *dict(frozen.named_parameters(recurse=False)), "alignment"} | {
+            "visual_projection",
+            "text_projection",
+        }
+        assert all(
+            name.startswith("vision_model.fusion.") == (weight.grad is not None)
+            for name, weight in frozen.named_parameters()
+            if name.startswith(("vision_model", "text_model"))
+        )
 
 
 # --- tiles and sentences ---------------------------------------------------------------------------------------------

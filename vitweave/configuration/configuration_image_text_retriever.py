@@ -24,6 +24,8 @@ class ImageTextRetrieverConfig(VitweaveConfig):
     Args:
         vision_config: any vision encoder, a layer fusion among them; None is a specialised ViT of base size.
         text_config: any text encoder of transformers; None is BERT of base size.
+        freeze_vision_encoder, freeze_text_model: train without this part; its weights, dropout and statistics stand
+            still. Of a layer fusion the encoder is frozen and the fusion trains. Both are saved.
         projection_dim: channels of the shared space.
         text_pooling: how the text model's tokens become one vector: "mean" of the valid ones, its own "pooler" output,
             the "first" or the "last" valid token.
@@ -49,6 +51,8 @@ class ImageTextRetrieverConfig(VitweaveConfig):
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
+    freeze_vision_encoder: bool = False
+    freeze_text_model: bool = False
     projection_dim: int = 256
     text_pooling: str = "mean"
     contrastive_loss: str = "infonce"

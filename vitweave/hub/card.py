@@ -22,7 +22,16 @@ PIPELINE_TAGS = {
 }
 NESTED = ("backbone_config", "encoder_config", "vision_config", "text_config")
 GENERAL_FACTS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "patch_size", "image_size")
-OWN_FACTS = ("head_type", "loss_type", "fusion_type", "layers", "num_register_tokens")
+OWN_FACTS = (
+    "head_type",
+    "loss_type",
+    "fusion_type",
+    "layers",
+    "num_register_tokens",
+    "projection_dim",
+    "contrastive_loss",
+    "tile_levels",
+)
 CLS_WEIGHT = re.compile(r"_cls(_down|_up)?(\.|$)")
 CITATION = """@software{vitweave,
   title = {vitweave: woven vision encoders for Hugging Face transformers},

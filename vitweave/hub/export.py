@@ -1,5 +1,6 @@
 """Export a model as a folder that loads with transformers alone, and push it to the Hub."""
 
+import inspect
 import json
 import os
 import shutil
@@ -42,7 +43,7 @@ def export(
         card: what the README says beyond the facts of the config.
         overwrite: replace `folder` when it already holds a model.
         verify: load back and compare; `example_inputs` are the tensors of the forward pass to compare with
-            (default: one random image of the config's size).
+            (default: one random image of the config's size, and random texts for a model that reads them).
         name: what the card's loading lines say, the repository's name when pushing (default: the folder's name).
 
     Returns:
@@ -224,7 +225,7 @@ def _without_auto_map(value: object) -> object:
 def _verify(
     model: PreTrainedModel, folder: Path, work: Path, family: Family, inputs: dict[str, torch.Tensor] | None
 ) -> None:
-    inputs = inputs or random_image(model.config)
+    inputs = inputs or random_inputs(model)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -243,6 +244,15 @@ def random_image(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     height, width = size if isinstance(size, list | tuple) else (size, size)
     generator = torch.Generator().manual_seed(0)
     return {"pixel_values": torch.randn(1, _find(config, "num_channels") or 3, height, width, generator=generator)}
+
+
+def random_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A random image and, for a model that reads texts, two random texts of eight tokens; seeded."""
+    inputs = random_image(model.config)
+    if "input_ids" in inspect.signature(model.forward).parameters:
+        vocabulary = model.get_input_embeddings().num_embeddings
+        inputs["input_ids"] = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(0))
+    return inputs
 
 
 def _find(config: PreTrainedConfig, name: str) -> object | None:

@@ -1,11 +1,13 @@
 """What a dual encoder makes of a batch, joined from chunks of it and from all processes."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
 
 from vitweave.modeling.gather import gather_rows
 
@@ -36,6 +38,27 @@ class TextEmbeddings(NamedTuple):
     pooled: Tensor
     sentences: Tensor | None = None
     sentence_mask: Tensor | None = None
+
+
+@dataclass
+class ImageTextRetrieverOutput(ModelOutput):
+    """What the retriever says about a batch of images and a batch of texts.
+
+    Args:
+        loss: contrastive loss of the pairs, image i with text i.
+        logits_per_image: (images, texts), scaled cosines of the global embeddings.
+        logits_per_text: (texts, images), the same.
+        text_embeds: (texts, projection_dim), unit vectors.
+        image_embeds: (images, projection_dim), unit vectors.
+        local_scores: (images, texts), how well tiles and sentences fit; in evaluation, with alignment and sentences.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
+    local_scores: Tensor | None = None
 
 
 Embeddings = TypeVar("Embeddings", ImageEmbeddings, TextEmbeddings)

@@ -1,20 +1,23 @@
 """Images and texts in one space: any vision encoder and any text encoder, with tiles and sentences aligned."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
 from vitweave.modeling.contrastive_losses import CONTRASTIVE_LOSSES, at_least_float32, pair_targets
 from vitweave.modeling.gather import gather_rows
-from vitweave.modeling.image_text_embeddings import ImageEmbeddings, TextEmbeddings, encode_in_chunks, gathered
+from vitweave.modeling.image_text_embeddings import (
+    ImageEmbeddings,
+    ImageTextRetrieverOutput,
+    TextEmbeddings,
+    encode_in_chunks,
+    gathered,
+)
 from vitweave.modeling.own_models import build_model
 from vitweave.modeling.pretrained import VitweavePreTrainedModel
 from vitweave.modeling.text_encoder import (
@@ -31,27 +34,6 @@ from vitweave.modeling.tile_alignment import TileAlignment, count_sentences
 from vitweave.modeling.vision_tower import VisionTower, find_tower
 
 LARGEST_SCALE = 100.0  # CLIP's limit of the factor on cosines
-
-
-@dataclass
-class ImageTextRetrieverOutput(ModelOutput):
-    """What the retriever says about a batch of images and a batch of texts.
-
-    Args:
-        loss: contrastive loss of the pairs, image i with text i.
-        logits_per_image: (images, texts), scaled cosines of the global embeddings.
-        logits_per_text: (texts, images), the same.
-        text_embeds: (texts, projection_dim), unit vectors.
-        image_embeds: (images, projection_dim), unit vectors.
-        local_scores: (images, texts), how well tiles and sentences fit; with alignment and sentences only.
-    """
-
-    loss: Tensor | None = None
-    logits_per_image: Tensor | None = None
-    logits_per_text: Tensor | None = None
-    text_embeds: Tensor | None = None
-    image_embeds: Tensor | None = None
-    local_scores: Tensor | None = None
 
 
 class ImageTextRetrieverModel(VitweavePreTrainedModel):
@@ -105,6 +87,7 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
                 self.local_logit_bias = nn.Parameter(torch.empty(()))
         self.set_start_values()
         self.post_init()
+        self.freeze()
 
     @classmethod
     def from_encoders(
@@ -137,6 +120,31 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
         for parameter in model.parameters(recurse=False):
             parameter.data = parameter.data.to(device=vision_model.device, dtype=vision_model.dtype)
         return model
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()  # loading makes every parameter trainable again
+        return loaded
+
+    def frozen_parts(self) -> list[nn.Module]:
+        """What the config says to keep as it is."""
+        config = self.config
+        frozen = ((config.freeze_vision_encoder, self.tower.encoder.model), (config.freeze_text_model, self.text_model))
+        return [part for chosen, part in frozen if chosen]
+
+    def freeze(self) -> None:
+        """Take the frozen parts out of training."""
+        for part in self.frozen_parts():
+            part.requires_grad_(False)
+            part.eval()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for part in self.frozen_parts():
+            if not any(weight.requires_grad for weight in part.parameters()):  # adapters in it may train
+                part.eval()
+        return self
 
     def set_start_values(self) -> None:
         """Scales and biases of the logits."""
@@ -309,7 +317,7 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
             logits_per_text=logits.T,
             text_embeds=texts.pooled,
             image_embeds=images.pooled,
-            local_scores=self.local_scores(images, texts),
+            local_scores=None if self.training else self.local_scores(images, texts),
         )
 
     def embed_pairs(self, image_inputs: dict, text_inputs: dict) -> tuple[ImageEmbeddings, TextEmbeddings]:
