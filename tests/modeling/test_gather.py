@@ -16,6 +16,7 @@ def trained(tmp_path_factory):
     return {name: [load_file(folder / f"{name}-{rank}.safetensors") for rank in (0, 1)] for name in VARIANTS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_processes_learn_what_one_learns_from_the_joint_batch(name, trained):
     alone = retriever(**VARIANTS[name][1]).train()

@@ -28,7 +28,6 @@ from vitweave.configuration.encoder_configs import resolve_config
 from vitweave.modeling.modeling_image_text_retriever import ImageTextRetrieverModel
 from vitweave.modeling.modeling_layer_fusion import LayerFusionModel
 from vitweave.modeling.own_models import build_model
-from vitweave.modeling.tile_alignment import pool_tiles
 
 VIT = {name: VISION[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")}
 VIT |= {"patch_size": 8, "intermediate_size": 64}
@@ -251,28 +250,6 @@ def test_frozen_parts_stand_still_also_after_loading(tmp_path):
 # --- tiles and sentences ---------------------------------------------------------------------------------------------
 
 
-def test_tiles_are_means_of_their_patches_also_on_oblong_grids():
-    maps = torch.randn(2, 3, 4, 6)
-    tiles, holds = pool_tiles(maps, None, 2)
-    expected = torch.stack([maps[:, :, i : i + 2, j : j + 3].mean((2, 3)) for i in (0, 2) for j in (0, 3)], dim=1)
-    torch.testing.assert_close(tiles, expected)
-    assert holds.all()
-    split, _ = pool_tiles(maps[:, :, :3, :1], None, 2)  # the middle of three rows lies in both halves
-    expected = (maps[:, :, 0, 0] + maps[:, :, 1, 0] / 2) / 1.5
-    torch.testing.assert_close(split[:, 0], expected)
-    torch.testing.assert_close(pool_tiles(maps[:, :, :1, :1], None, 4)[0], maps[:, :, :1, 0].mT.repeat(1, 16, 1))
-
-
-def test_padding_changes_no_tile():
-    maps = torch.randn(1, 3, 4, 4)
-    mask = torch.ones(1, 4, 4, dtype=torch.bool)
-    mask[:, 3], mask[:, :2, :2] = False, False
-    tiles, holds = pool_tiles(maps, mask, 2)
-    assert holds.tolist() == [[False, True, True, True]]
-    torch.testing.assert_close(tiles[:, 3], maps[:, :, 2, 2:].mean(2))
-    assert torch.equal(pool_tiles(maps.masked_fill(~mask[:, None], 9.0), mask, 2)[0], tiles)
-
-
 def test_masked_patches_take_no_part_in_the_scores():
     model, inputs = retriever().eval(), pairs(size=(32, 48))
     mask = torch.ones(4, 24, dtype=torch.bool)
@@ -296,10 +273,17 @@ def test_masked_patches_take_no_part_in_the_scores():
 def test_a_sentence_is_the_mean_of_its_tokens():
     model, inputs = retriever().eval(), pairs()
     hidden = model.text_model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
+    inputs["sentence_ids"][-1, -3:] = 1  # padding, so it takes no part
     own = inputs["sentence_ids"][0] == 1
     expected = F.normalize(model.alignment.sentence_projection(hidden[0, own].mean(0)), dim=-1)
     texts = {name: inputs[name] for name in ("input_ids", "attention_mask", "sentence_ids")}
-    torch.testing.assert_close(model.get_sentence_features(**texts)[0][0, 1], expected)
+    sentences, mask = model.get_sentence_features(**texts)
+    torch.testing.assert_close(sentences[0, 1], expected)
+    own = inputs["sentence_ids"][-1, :6] == 1
+    hidden = model.text_model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
+    expected = F.normalize(model.alignment.sentence_projection(hidden[-1, :6][own].mean(0)), dim=-1)
+    torch.testing.assert_close(sentences[-1, 1], expected)
+    assert mask[-1].tolist() == [True, True, bool((inputs["sentence_ids"][-1, :6] == 2).any())]
 
 
 def test_ranking_mixes_the_two_scores_and_falls_back_to_the_cosine():

@@ -220,6 +220,8 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
         pooled = self.project_text(outputs, attention_mask)
         if self.alignment is None or sentence_ids is None:
             return TextEmbeddings(pooled)
+        if attention_mask is not None:
+            sentence_ids = sentence_ids.masked_fill(attention_mask == 0, -1)  # padding belongs to no sentence
         num_sentences = count_sentences(sentence_ids) if num_sentences is None else num_sentences
         return TextEmbeddings(pooled, *self.alignment.sentences(outputs.last_hidden_state, sentence_ids, num_sentences))
 
