@@ -12,6 +12,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import (
     AutoImageProcessor,  # the public name needs torchvision at 5.13
 )
+from transformers.models.auto.processing_auto import AutoProcessor
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
 from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
@@ -31,9 +32,12 @@ from vitweave.modeling.modeling_specialized_vit import (
     SpecializedViTModel,
 )
 from vitweave.processing.image_processing_depth import DepthImageProcessor
+from vitweave.processing.image_processing_figure import FigureImageProcessor
 from vitweave.processing.image_processing_pil_depth import DepthImageProcessorPil
+from vitweave.processing.image_processing_pil_figure import FigureImageProcessorPil
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
 from vitweave.processing.image_processing_segmentation import SegmentationImageProcessor
+from vitweave.processing.processing_figure_text import FigureTextProcessor
 
 # config class, {Auto class: model class}, image processors by backend, one dict per task (None: the host's own is kept)
 FAMILIES = (
@@ -85,3 +89,6 @@ def register():
             # serves folders that name no class, and those get the first.
             key = config_class if index == 0 else by_backend["torchvision"]
             AutoImageProcessor.register(key, image_processor_classes=by_backend, exist_ok=True)
+    figures = {"torchvision": FigureImageProcessor, "pil": FigureImageProcessorPil}
+    AutoImageProcessor.register(FigureImageProcessor, image_processor_classes=figures, exist_ok=True)
+    AutoProcessor.register(FigureTextProcessor, FigureTextProcessor, exist_ok=True)

@@ -73,12 +73,8 @@ def check_channels(image, channels: int | None) -> None:
         )
 
 
-class PairedSteps:
-    """An image and the map that belongs to it through one geometric transform.
-
-    The backends (`PilSteps`, `TorchvisionSteps`) say how to resize, rescale, normalise and pad an image; the task says
-    what its maps are: `list_maps`, `read_map`, `prepare_map`, `resize_map` and `map_padding`.
-    """
+class PictureSteps:
+    """Defaults of every image processor here, and single-channel arrays let through."""
 
     do_resize = True
     do_rescale = True
@@ -86,6 +82,22 @@ class PairedSteps:
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
     do_convert_rgb = None
+
+    def _prepare_images_structure(self, images, expected_ndims: int = 3):
+        """Let single-channel arrays (height, width) pass too, alone or in a list."""
+        listed = images if isinstance(images, (list, tuple)) else [images]
+        if listed and all(getattr(image, "ndim", None) == 2 for image in listed):
+            return list(listed)
+        return super()._prepare_images_structure(images, expected_ndims=expected_ndims)
+
+
+class PairedSteps(PictureSteps):
+    """An image and the map that belongs to it through one geometric transform.
+
+    The backends (`PilSteps`, `TorchvisionSteps`) say how to resize, rescale, normalise and pad an image; the task says
+    what its maps are: `list_maps`, `read_map`, `prepare_map`, `resize_map` and `map_padding`.
+    """
+
     map_name = "mask"  # what messages call the map
     resize_advice = "resize one of them"
     augmentation_name = "SegmentationAugmentation"
@@ -95,13 +107,6 @@ class PairedSteps:
         if refused:
             raise ValueError(f"{refused} not supported here; crop with {self.augmentation_name}, pad with size_divisor")
         super()._validate_preprocess_kwargs(**kwargs)
-
-    def _prepare_images_structure(self, images, expected_ndims: int = 3):
-        """Let single-channel arrays (height, width) pass too, alone or in a list."""
-        listed = images if isinstance(images, (list, tuple)) else [images]
-        if listed and all(getattr(image, "ndim", None) == 2 for image in listed):
-            return list(listed)
-        return super()._prepare_images_structure(images, expected_ndims=expected_ndims)
 
     def _preprocess_image_like_inputs(
         self, images, maps, do_convert_rgb, input_data_format, return_tensors, device=None, **kwargs

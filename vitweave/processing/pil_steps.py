@@ -23,7 +23,13 @@ class PilSteps(PilBackend):
         image = self.rescale(image, rescale_factor) if do_rescale else image
         return self.normalize(image, image_mean, image_std) if do_normalize else image
 
-    def pad_edges(self, image: np.ndarray, margins: tuple[int, int, int, int]) -> np.ndarray:
-        """Zeros around the finished pixel values: top, bottom, left, right."""
+    def pad_edges(
+        self, image: np.ndarray, margins: tuple[int, int, int, int], colour: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Zeros or a `colour` (channels, 1, 1) around the finished pixel values: top, bottom, left, right."""
         top, bottom, left, right = margins
-        return np.pad(image, ((0, 0), (top, bottom), (left, right)))
+        padded = np.pad(image, ((0, 0), (top, bottom), (left, right)))
+        if colour is None:
+            return padded
+        outside = np.pad(np.zeros(image.shape[-2:], dtype=bool), ((top, bottom), (left, right)), constant_values=True)
+        return np.where(outside, colour.astype(padded.dtype), padded)

@@ -37,7 +37,11 @@ class TorchvisionSteps(TorchvisionBackend):
     ) -> Tensor:
         return self.rescale_and_normalize(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
 
-    def pad_edges(self, image: Tensor, margins: tuple[int, int, int, int]) -> Tensor:
-        """Zeros around the finished pixel values: top, bottom, left, right."""
+    def pad_edges(self, image: Tensor, margins: tuple[int, int, int, int], colour: Tensor | None = None) -> Tensor:
+        """Zeros or a `colour` (channels, 1, 1) around the finished pixel values: top, bottom, left, right."""
         top, bottom, left, right = margins
-        return F.pad(image, (left, right, top, bottom))
+        padded = F.pad(image, (left, right, top, bottom))
+        if colour is None:
+            return padded
+        outside = F.pad(torch.zeros_like(image[:1], dtype=torch.bool), (left, right, top, bottom), value=True)
+        return torch.where(outside, colour.to(padded), padded)
