@@ -86,9 +86,9 @@ def test_every_kind_of_picture(processor_class):
 @both_backends
 def test_sixteen_bits_and_opacity_in_arrays_are_refused(processor_class):
     deep = PIL.Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16))
-    with pytest.raises(ValueError, match="8-bit picture.*'I;16'"):
+    with pytest.raises(ValueError, match=r"8-bit picture.*'I;16'"):
         processor_class(**SMALL)(deep)
-    with pytest.raises(ValueError, match="0 to 255.*int32.*40000.*divide a 16-bit figure by 257"):
+    with pytest.raises(ValueError, match=r"0 to 255.*int32.*40000.*divide a 16-bit figure by 257"):
         processor_class(**SMALL)(np.full((8, 8, 3), 40000, dtype=np.int32))
     with pytest.raises(ValueError, match="got an array with 4"):
         processor_class(**SMALL)(np.zeros((8, 8, 4), dtype=np.uint8))

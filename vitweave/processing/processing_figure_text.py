@@ -142,8 +142,8 @@ class FigureTextProcessor(ProcessorMixin):
         sentences = sum(len(joined[index][1]) - len(set(sentence_ids[index]) - {-1}) for index in too_long)
         longest = max(too_long, key=lambda index: len(whole[index]))
         logger.warning(
-            f"{len(too_long)} of {len(whole)} captions are longer than {limit} tokens and were cut: {tokens} tokens and "
-            f"{sentences} whole sentences left out, the most from {names[longest]} ({len(whole[longest])} tokens). "
+            f"{len(too_long)} of {len(whole)} captions are longer than {limit} tokens and were cut: {tokens} tokens "
+            f"and {sentences} whole sentences left out, the most from {names[longest]} ({len(whole[longest])} tokens). "
             "Later cuts are not reported; return_cut_text=True returns what was cut"
         )
 

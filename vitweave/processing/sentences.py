@@ -7,8 +7,42 @@ from itertools import pairwise
 
 # A full stop after these does not end a sentence.
 ABBREVIATIONS = frozenset(
-    "al approx ca cf chap dept dr e.g eq eqs et etc ex fig figs i.e jr max min mr mrs no nos prof ref refs resp "
-    "sec sect sr st tab vol vs".split()
+    [
+        "al",
+        "approx",
+        "ca",
+        "cf",
+        "chap",
+        "dept",
+        "dr",
+        "e.g",
+        "eq",
+        "eqs",
+        "et",
+        "etc",
+        "ex",
+        "fig",
+        "figs",
+        "i.e",
+        "jr",
+        "max",
+        "min",
+        "mr",
+        "mrs",
+        "no",
+        "nos",
+        "prof",
+        "ref",
+        "refs",
+        "resp",
+        "sec",
+        "sect",
+        "sr",
+        "st",
+        "tab",
+        "vol",
+        "vs",
+    ]
 )
 SENTENCE_END = re.compile(r"[.!?][\"\'\u2019\u201d)\]]*(?=\s)")
 PANEL_MARK = re.compile(r"(?<=[.;:!?\)\]\"\u201d])\s+(?=\((?:[a-zA-Z]|[ivx]{1,4})\)\s)")
@@ -34,10 +68,10 @@ def ends_sentence(text: str, stop: re.Match) -> bool:
 def split_sentences(text: str) -> list[str]:
     """A caption as sentences, by a rule that can be told in a few lines.
 
-    1. `.`, `!` or `?` ends a sentence if white space and no lower-case letter follow, and the word before is neither a
-       known abbreviation (Fig., et al., vs., U.S.) nor an initial in a name (by J. Smith).
-    2. A panel mark - `(a)`, `(B)`, `(iv)` - opens one behind `.`, `;`, `:`, `!` or `?`; within a clause, as in "see (a) and
-       (b)", it does not.
+    1. `.`, `!` or `?` ends a sentence if white space and no lower-case letter follow, and the word before is neither
+       a known abbreviation (Fig., et al., vs., U.S.) nor an initial in a name (by J. Smith).
+    2. A panel mark - `(a)`, `(B)`, `(iv)` - opens one behind `.`, `;`, `:`, `!` or `?`; within a clause, as in
+       "see (a) and (b)", it does not.
     """
     cuts = {stop.end() for stop in SENTENCE_END.finditer(text) if ends_sentence(text, stop)}
     cuts |= {mark.start() for mark in PANEL_MARK.finditer(text)}

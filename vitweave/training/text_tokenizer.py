@@ -43,7 +43,7 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer with pad, unk, cls and sep tokens; a text becomes `[CLS] ... [SEP]`.
 
-    The same corpus gives the same "bpe" tokenizer; the other two break ties differently from run to run, so save theirs.
+    The same corpus gives the same "bpe" tokenizer; the others break ties differently in every run: save theirs.
 
     Args:
         corpus: texts of the training split (those of the other splits would tell it their words).
