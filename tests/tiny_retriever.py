@@ -12,6 +12,8 @@ from vitweave.training.retrieval_data import RetrievalDataset
 from vitweave.training.synthetic_figures import SyntheticFigures
 from vitweave.training.text_tokenizer import train_tokenizer
 
+NAMES = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
+
 
 class TinyAlignment(nn.Module):
     """Tiles of a 2 x 2 and a 4 x 4 grid."""
@@ -56,6 +58,29 @@ class TinyRetriever(nn.Module):
             return pooled, None, None
         members = sentence_ids[:, None] == torch.arange(int(sentence_ids.max()) + 1)[:, None]
         return pooled, F.normalize(members.float() @ words, dim=-1), members.any(dim=-1)
+
+
+class ColourReader(TinyRetriever):
+    """Knows which word names which colour; a sentence is one of `NAMES`."""
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def get_tile_features(self, pixel_values, patch_mask=None):
+        levels = [F.adaptive_avg_pool2d(pixel_values, level).flatten(2) for level in self.alignment.levels]
+        tiles = torch.cat(levels, dim=2).transpose(1, 2)
+        masks = [F.adaptive_max_pool2d(patch_mask.view(-1, 1, 8, 8).float(), level).flatten(1) for level in (2, 4)]
+        return F.normalize(tiles, dim=-1), torch.cat(masks, dim=1) > 0
+
+    def get_sentence_features(self, input_ids, attention_mask=None, sentence_ids=None):
+        count = int(sentence_ids.max()) + 1
+        words = [
+            [self.tokenizer.decode(row[which == index]).strip() for index in range(count)]
+            for row, which in zip(input_ids, sentence_ids, strict=True)
+        ]
+        colours = torch.tensor([[NAMES.get(word, (128, 128, 128)) for word in row] for row in words]) / 127.5 - 1
+        return F.normalize(colours, dim=-1), torch.tensor([[bool(word) for word in row] for row in words])
 
 
 def tiny_processor(corpus, size=64, patch_size=8, max_length=48):

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 from PIL import ImageDraw
 
-COLOURS = {"red": (200, 40, 40), "green": (40, 150, 60), "blue": (40, 80, 200), "orange": (230, 140, 20)}
+COLOURS = {"red": (200, 40, 40), "green": (40, 150, 60), "blue": (40, 80, 200), "purple": (150, 60, 180)}
 PLACES = ("left", "right")
 
 
