@@ -78,7 +78,8 @@ def write_heat_maps(
 ) -> None:
     """A PNG with one row per sentence: the figure under the sentence's heat, and the sentence below it.
 
-    One scale for all sentences, from the least to the best fitting place.
+    Each sentence is clear where it fits least; full colour is the largest difference any of them makes, so that one
+    which points nowhere stays pale.
     """
     was_training = model.training
     model.eval()
@@ -86,7 +87,8 @@ def write_heat_maps(
         maps, boxes = sentence_heat_maps(model, processor, picture, caption)
     finally:
         model.train(was_training)
-    heat = (maps - maps.min()) / (maps.max() - maps.min()).clamp(min=1e-6)
+    heat = maps - maps.amin(dim=(1, 2), keepdim=True)
+    heat = heat / heat.max().clamp(min=1e-6)
     sentences = split_sentences(caption) if isinstance(caption, str) else list(caption)
     shown = [part for part in sentences if part.strip()][: len(maps)]
     scale = width / picture.width
