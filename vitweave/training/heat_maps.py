@@ -91,11 +91,13 @@ def write_heat_maps(
     heat = heat / heat.max().clamp(min=1e-6)
     sentences = split_sentences(caption) if isinstance(caption, str) else list(caption)
     shown = [part for part in sentences if part.strip()][: len(maps)]
-    scale = width / picture.width
+    size = (max(1, round(picture.height * width / picture.width)), width)
+    shown_picture = picture_to_rgb(picture).resize((size[1], size[0]), PIL.Image.Resampling.BICUBIC)
+    heat = torch.nn.functional.interpolate(heat[None], size=size, mode="bilinear")[0].clamp(0, 1)
+    boxes = boxes * (width / picture.width)
     rows = []
     for sentence, one, box in zip(shown, heat, boxes, strict=True):
-        figure = overlay(picture, one, box).resize((width, max(1, round(picture.height * scale))))
-        rows += [figure, text_block(sentence, width)]
+        rows += [overlay(shown_picture, one, box), text_block(sentence, width)]
     stack_rows(rows, 4).save(path)
 
 
