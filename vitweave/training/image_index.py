@@ -48,6 +48,7 @@ def stacked(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def shard_name(number: int, count: int) -> str:
+    """The file of one shard."""
     return f"shard-{number:05d}-of-{count:05d}.safetensors"
 
 

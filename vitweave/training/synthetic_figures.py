@@ -11,6 +11,7 @@ PLACES = ("left", "right")
 
 
 def draw_bars(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour, rng: np.random.Generator) -> None:
+    """Five bars of random height."""
     left, top, right, bottom = box
     step = (right - left) / 5
     for bar in range(5):
@@ -19,6 +20,7 @@ def draw_bars(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour,
 
 
 def draw_curve(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour, rng: np.random.Generator) -> None:
+    """One or two periods of a sine wave."""
     left, top, right, bottom = box
     across = np.linspace(0, 1, 24)
     down = 0.5 + 0.45 * np.sin(2 * np.pi * (across * rng.uniform(1, 2) + rng.uniform(0, 1)))
@@ -27,6 +29,7 @@ def draw_curve(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour
 
 
 def draw_dots(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour, rng: np.random.Generator) -> None:
+    """Fourteen dots."""
     left, top, right, bottom = box
     radius = max(1, (right - left) // 14)
     for x, y in rng.uniform(0, 1, (14, 2)):
@@ -35,6 +38,7 @@ def draw_dots(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour,
 
 
 def draw_discs(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour, rng: np.random.Generator) -> None:
+    """One disc."""
     left, top, right, bottom = box
     inner = int(rng.integers(4)) * (right - left) // 16
     draw.ellipse([left + inner, top + inner, right - inner, bottom - inner], fill=colour)
