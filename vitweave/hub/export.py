@@ -9,15 +9,24 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import CommitInfo, HfApi
-from transformers import ImageProcessingMixin, PreTrainedConfig, PreTrainedModel
+from transformers import ImageProcessingMixin, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 
 from vitweave.hub.card import CARD_FILE, CardInfo, model_card
-from vitweave.hub.families import Family, auto_class_of, find_family, find_processor_class, processor_references
+from vitweave.hub.families import (
+    Family,
+    auto_class_of,
+    find_family,
+    find_joint_processor_class,
+    find_processor_class,
+    joint_processor_references,
+    processor_references,
+)
 from vitweave.hub.flatten import flatten
 from vitweave.hub.verify_bundle import check_bundle, output_tensors, to_model, tolerance_of
 
 PROCESSOR_FILE = "preprocessor_config.json"
+JOINT_PROCESSOR_FILE = "processor_config.json"
 
 
 def export(
@@ -39,7 +48,8 @@ def export(
 
     Args:
         model: a model of vitweave, e.g. from `DensePredictorForSemanticSegmentation.from_pretrained(...)`.
-        processor: its image processor, one of vitweave or of transformers; without it no pipeline can use the folder.
+        processor: its image processor, or its processor of images and texts, one of vitweave or of transformers; without
+            it no pipeline can use the folder.
         card: what the README says beyond the facts of the config.
         overwrite: replace `folder` when it already holds a model.
         verify: load back and compare; `example_inputs` are the tensors of the forward pass to compare with
@@ -76,16 +86,24 @@ def write_bundle(
     auto_class = auto_class_of(model, family)
     classes = {"AutoConfig": family.config_class} | family.models
     references = {auto: f"{kind.__module__}.{kind.__name__}" for auto, kind in classes.items()}
-    backends = {} if processor is None else processor_references(processor)
-    modules = sorted({ref.rpartition(".")[0] for ref in (*references.values(), *backends.values())})
+    image_processor = getattr(processor, "image_processor", processor)
+    backends = {} if processor is None else processor_references(image_processor)
+    joint = {} if image_processor is processor else joint_processor_references(processor)
+    read = (*references.values(), *backends.values(), *joint.values())
+    modules = sorted({ref.rpartition(".")[0] for ref in read})
     bundle = flatten(modules, family.package)
 
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     _rewrite_json(folder / "config.json", {auto: bundle.reference(ref) for auto, ref in references.items()})
     if processor is not None:
-        processor.save_pretrained(folder)
+        image_processor.save_pretrained(folder)
         flat = {backend: bundle.reference(ref) for backend, ref in backends.items()}
         _rewrite_json(folder / PROCESSOR_FILE, {"AutoImageProcessor": flat} if flat else {})
+    if image_processor is not processor:
+        processor.save_pretrained(folder)
+        auto_map = {auto: bundle.reference(ref) for auto, ref in joint.items()}
+        # without the copy of the image processor's settings, whose own file knows where its code is
+        _rewrite_json(folder / JOINT_PROCESSOR_FILE, auto_map, drop=("image_processor",))
     for file_name, text in bundle.files.items():
         (folder / file_name).write_text(text, encoding="utf-8")
     if info != CardInfo():
@@ -158,8 +176,12 @@ def load_model(source: str | Path) -> PreTrainedModel:
     return model.eval()
 
 
-def load_processor(source: str | Path) -> ImageProcessingMixin | None:
-    """The saved image processor or None. Its class is ours or transformers'; an `auto_map` is ignored."""
+def load_processor(source: str | Path) -> ImageProcessingMixin | ProcessorMixin | None:
+    """The saved processor or None. Its class is ours or transformers'; an `auto_map` is ignored."""
+    path = cached_file(source, JOINT_PROCESSOR_FILE, _raise_exceptions_for_missing_entries=False)
+    if path is not None:
+        named = json.loads(Path(path).read_text(encoding="utf-8")).get("processor_class")
+        return find_joint_processor_class(named).from_pretrained(source)
     path = cached_file(source, PROCESSOR_FILE, _raise_exceptions_for_missing_entries=False)
     if path is None:
         return None
@@ -208,9 +230,10 @@ def _move_into_place(staging: Path, folder: Path, work: Path) -> None:
         raise
 
 
-def _rewrite_json(path: Path, auto_map: dict) -> None:
+def _rewrite_json(path: Path, auto_map: dict, drop: tuple[str, ...] = ()) -> None:
     """Put our own `auto_map` into a saved JSON; one that came along, here or in a nested config, is dropped."""
     settings = _without_auto_map(json.loads(path.read_text(encoding="utf-8")))
+    settings = {name: value for name, value in settings.items() if name not in drop}
     if auto_map:
         settings["auto_map"] = auto_map
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

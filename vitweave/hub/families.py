@@ -5,11 +5,14 @@ import importlib.util
 from dataclasses import dataclass
 
 import transformers
-from transformers import ImageProcessingMixin, PreTrainedConfig, PreTrainedModel
+from transformers import ImageProcessingMixin, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from vitweave.auto import FAMILIES
+from vitweave.auto import FAMILIES, FIGURE_PROCESSORS
 from vitweave.hub.flatten import module_source
+from vitweave.processing.processing_figure_text import FigureTextProcessor
+
+JOINT_PROCESSORS = {"FigureTextProcessor": FigureTextProcessor}  # of images and texts
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def auto_class_of(model: PreTrainedModel, family: Family) -> str:
 
 def own_processors() -> list[dict[str, type | None]]:
     """The image processors of all families, by backend."""
-    return [by_backend for family in families().values() for by_backend in family.processors]
+    return [*(by_backend for family in families().values() for by_backend in family.processors), FIGURE_PROCESSORS]
 
 
 def processor_references(processor: object) -> dict[str, str]:
@@ -95,6 +98,27 @@ def find_processor_class(named: str | None) -> type[ImageProcessingMixin]:
         if isinstance(found, type) and issubclass(found, ImageProcessingMixin):
             return found
     raise ValueError(f"expected an image processor of transformers or one of {sorted(own)}, got {named!r}")
+
+
+def joint_processor_references(processor: ProcessorMixin) -> dict[str, str]:
+    """`{"AutoProcessor": "module.Class"}` for an own processor of images and texts, empty for one of transformers."""
+    kind = type(processor)
+    if kind.__module__.startswith("transformers."):
+        return {}
+    if kind not in JOINT_PROCESSORS.values():
+        raise ValueError(
+            f"expected a processor of vitweave or transformers, got {kind.__module__}.{kind.__name__}, whose code would"
+            " be missing in the exported folder"
+        )
+    return {"AutoProcessor": f"{kind.__module__}.{kind.__name__}"}
+
+
+def find_joint_processor_class(named: str | None) -> type[ProcessorMixin]:
+    """The class behind the `processor_class` of a saved processor of images and texts."""
+    found = JOINT_PROCESSORS.get(str(named)) or getattr(transformers, str(named), None)
+    if isinstance(found, type) and issubclass(found, ProcessorMixin):
+        return found
+    raise ValueError(f"expected a processor of transformers or one of {sorted(JOINT_PROCESSORS)}, got {named!r}")
 
 
 def _torchvision_twin(pil_class: type) -> str | None:

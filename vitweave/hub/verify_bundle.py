@@ -125,7 +125,21 @@ def open_bundle(folder: str, auto_class: str) -> torch.nn.Module:
         processor_class = get_class_from_dynamic_module(reference, folder)
         if backend != "torchvision" or transformers.utils.is_torchvision_available():
             processor_class.from_pretrained(folder)
+    open_joint_processor(Path(folder))
     return model
+
+
+def open_joint_processor(folder: Path) -> None:
+    """Load the processor of images and texts, if the folder has one of its own, by its own code."""
+    from transformers.models.auto.processing_auto import AutoProcessor
+
+    path = folder / "processor_config.json"
+    if not path.exists() or "auto_map" not in json.loads(path.read_text()):
+        return
+    processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=True)  # as above
+    for part in (processor, processor.image_processor):
+        if not type(part).__module__.startswith("transformers_modules."):
+            raise RuntimeError(f"the processor came from {type(part).__module__}, not from the exported folder")
 
 
 def own_processors(folder: Path) -> dict[str, str]:
