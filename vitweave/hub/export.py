@@ -48,8 +48,8 @@ def export(
 
     Args:
         model: a model of vitweave, e.g. from `DensePredictorForSemanticSegmentation.from_pretrained(...)`.
-        processor: its image processor, or its processor of images and texts, one of vitweave or of transformers; without
-            it no pipeline can use the folder.
+        processor: its image processor, or its processor of images and texts, one of vitweave or of transformers;
+            without it no pipeline can use the folder.
         card: what the README says beyond the facts of the config.
         overwrite: replace `folder` when it already holds a model.
         verify: load back and compare; `example_inputs` are the tensors of the forward pass to compare with
