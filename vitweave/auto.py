@@ -39,8 +39,6 @@ from vitweave.processing.image_processing_pil_segmentation import SegmentationIm
 from vitweave.processing.image_processing_segmentation import SegmentationImageProcessor
 from vitweave.processing.processing_figure_text import FigureTextProcessor
 
-FIGURE_PROCESSORS = {"torchvision": FigureImageProcessor, "pil": FigureImageProcessorPil}
-
 # config class, {Auto class: model class}, image processors by backend, one dict per task (None: the host's own is kept)
 FAMILIES = (
     (
@@ -64,7 +62,7 @@ FAMILIES = (
     (
         ImageTextRetrieverConfig,
         {AutoModelForZeroShotImageClassification: ImageTextRetrieverModel, AutoModel: ImageTextRetrieverModel},
-        None,
+        ({"torchvision": FigureImageProcessor, "pil": FigureImageProcessorPil},),
     ),
     (
         DensePredictorConfig,
@@ -91,5 +89,4 @@ def register():
             # serves folders that name no class, and those get the first.
             key = config_class if index == 0 else by_backend["torchvision"]
             AutoImageProcessor.register(key, image_processor_classes=by_backend, exist_ok=True)
-    AutoImageProcessor.register(FigureImageProcessor, image_processor_classes=FIGURE_PROCESSORS, exist_ok=True)
-    AutoProcessor.register(FigureTextProcessor, FigureTextProcessor, exist_ok=True)
+    AutoProcessor.register(ImageTextRetrieverConfig, FigureTextProcessor, exist_ok=True)

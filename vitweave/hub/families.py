@@ -8,7 +8,7 @@ import transformers
 from transformers import ImageProcessingMixin, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from vitweave.auto import FAMILIES, FIGURE_PROCESSORS
+from vitweave.auto import FAMILIES
 from vitweave.hub.flatten import module_source
 from vitweave.processing.processing_figure_text import FigureTextProcessor
 
@@ -60,7 +60,7 @@ def auto_class_of(model: PreTrainedModel, family: Family) -> str:
 
 def own_processors() -> list[dict[str, type | None]]:
     """The image processors of all families, by backend."""
-    return [*(by_backend for family in families().values() for by_backend in family.processors), FIGURE_PROCESSORS]
+    return [by_backend for family in families().values() for by_backend in family.processors]
 
 
 def processor_references(processor: object) -> dict[str, str]:
