@@ -1,9 +1,11 @@
-"""Replays of the retrieval vectors: contrastive losses and late interaction."""
+"""Replays of the retrieval vectors: contrastive losses, late interaction, ranks and their metrics."""
 
 import torch
 import torch.nn.functional as F
 
 from vitweave.modeling.contrastive_losses import hardest_negative_loss, info_nce, late_interaction, siglip
+from vitweave.training.retrieval_metrics import DIRECTIONS, retrieval_metrics, retrieval_ranks
+from vitweave.training.retrieval_ranking import GallerySide
 
 
 def replay_loss_clip_siglip(case):
@@ -30,7 +32,25 @@ def replay_late_interaction(case):
     case.check("output.pairwise_ce_raw", hardest_negative_loss(padded))
 
 
+METRIC_NAMES = {"R@1": "R_at_1", "R@5": "R_at_5", "R@10": "R_at_10", "mrr": "MRR"}
+
+
+def replay_retrieval_metrics(case):
+    given = case.group("input")
+    raw = (given["image_raw"], given["text_raw"])
+    images, texts = (GallerySide(F.normalize(side, dim=1), torch.arange(len(side))) for side in raw)
+    case.tolerance = max(case.tolerance, 1e-7)  # the recalls are stored in float32
+    for way, ranks in retrieval_ranks(images, texts, block_size=7).items():
+        case.check(f"output.{way}_ranks", ranks)
+    metrics = retrieval_metrics(images, texts, resamples=0, block_size=13)
+    for way in DIRECTIONS:
+        for name in ("R@1", "R@5", "R@10", "mrr", "mean_rank", "median_rank"):
+            value = torch.tensor(metrics[f"{way}_{name}"], dtype=torch.float64)
+            case.check(f"output.{way}_{METRIC_NAMES.get(name, name)}", value)
+
+
 KINDS = {
     "late_interaction_maxsim": replay_late_interaction,
     "loss_clip_siglip": replay_loss_clip_siglip,
+    "retrieval_metrics": replay_retrieval_metrics,
 }
