@@ -84,8 +84,12 @@ def write_bundle(
 ) -> None:
     """Write the files of an export into an empty folder."""
     auto_class = auto_class_of(model, family)
+    # the Auto classes whose code the model itself needs: no other file is copied when a user saves the model again
+    needed = flatten([type(model).__module__], family.package).names
     classes = {"AutoConfig": family.config_class} | family.models
-    references = {auto: f"{kind.__module__}.{kind.__name__}" for auto, kind in classes.items()}
+    references = {
+        auto: f"{kind.__module__}.{kind.__name__}" for auto, kind in classes.items() if kind.__module__ in needed
+    }
     image_processor = getattr(processor, "image_processor", processor)
     backends = {} if processor is None else processor_references(image_processor)
     joint = {} if image_processor is processor else joint_processor_references(processor)
