@@ -203,8 +203,12 @@ def model_card(
 def architecture_facts(model: PreTrainedModel) -> list[tuple[str, str]]:
     """(name, value) rows: the structure from the config, the parameter counts from the model."""
     rows = config_facts(model.config)
-    if "For" in type(model).__name__:  # a base model has the default labels of any config
+    kind = type(model).__name__
+    if kind.endswith(("Classification", "Segmentation")):  # any config has default labels
         rows.append(("labels", str(model.config.num_labels)))
+    if kind.endswith("DepthEstimation"):
+        within = f", {model.config.min_depth:g} to {model.config.max_depth:g}"
+        rows.append(("predicts", model.config.depth_target + within * (model.config.depth_target == "metres")))
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total, own = sum(counts.values()), sum(n for name, n in counts.items() if CLS_WEIGHT.search(name))
     rows.append(("parameters", f"{total:,}"))
