@@ -3,8 +3,12 @@
 import pytest
 import torch
 from torch import nn
-from transformers import SegformerConfig, SegformerForSemanticSegmentation
+from transformers import BertConfig, SegformerConfig, SegformerForSemanticSegmentation
 
+from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
+from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
+from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.modeling.modeling_image_text_retriever import ImageTextRetrieverModel
 from vitweave.training.parameter_groups import find_encoder, is_decayed, parameter_groups
 
 
@@ -24,6 +28,10 @@ def tiny_segformer():
         ("batch_norm.weight", (4,), False),
         ("encoder.layer.0.layer_scale1.lambda1", (4,), False),
         ("encoder.layer.0.attention.bias_k", (2, 4), False),
+        ("fusion.layer_embed", (3, 4), False),
+        ("fusion.query", (2, 4), False),
+        ("attention.query.weight", (4, 4), True),
+        ("fusion.edge_logits", (3, 3), False),
         ("embeddings.cls_token", (1, 1, 4), False),
         ("embeddings.position_embeddings", (1, 5, 4), False),
     ],
@@ -48,3 +56,24 @@ def test_groups_hold_every_trainable_parameter_once():
 def test_a_bare_module_has_no_encoder():
     with pytest.raises(ValueError, match="Linear has neither a backbone"):
         find_encoder(nn.Linear(2, 2))
+
+
+def test_fusion_parameters_are_no_matrices_and_learn_like_a_head():
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    fusion = LayerFusionConfig(
+        encoder_config=SpecializedViTConfig(**small), layers=[1, 2], fusion_type="layer_self_attention"
+    )
+    text = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    model = ImageTextRetrieverModel(ImageTextRetrieverConfig(vision_config=fusion, text_config=text))
+    groups = parameter_groups(model, 1e-3, 0.1, encoder_lr_scale=0.1)
+    places = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    found = {name: places[id(parameter)] for name, parameter in model.named_parameters()}
+    for name, (rate, decay) in found.items():
+        in_encoder = name.startswith("vision_model.encoder.")
+        assert rate == pytest.approx(1e-4 if in_encoder else 1e-3), name
+        if "gamma" in name or "embed" in name.rpartition(".")[2] or "logit" in name or "_embeddings.weight" in name:
+            assert decay == 0, name
+    assert found["vision_model.fusion.layer_embed"] == (1e-3, 0.0)
+    assert found["visual_projection.weight"] == (1e-3, 0.1)
+    assert found["text_model.embeddings.word_embeddings.weight"] == (1e-3, 0.0)

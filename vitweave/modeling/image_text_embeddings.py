@@ -69,7 +69,37 @@ def gathered(embeddings: Embeddings) -> Embeddings:
     return type(embeddings)(*(None if part is None else gather_rows(part) for part in embeddings))
 
 
-def encode_in_chunks(encode: Callable[..., Embeddings], chunk_size: int, **inputs: Tensor | int | None) -> Embeddings:
+def check_one(pixel_values: Tensor | None, encoder_outputs: dict[str, Tensor] | None) -> None:
+    """Refuse images twice, or not at all."""
+    if (pixel_values is None) == (encoder_outputs is None):
+        raise ValueError(
+            "expected either pixel_values or encoder_outputs (what `encode` returned for the images), got"
+            f" {'neither' if pixel_values is None else 'both'}"
+        )
+
+
+def check_rows(
+    images: int, input_ids: Tensor | None, patch_mask: Tensor | None, caption_ids: Tensor | None, must_pair: bool
+) -> None:
+    """Refuse a batch without texts, and inputs that have not one row per image or text."""
+    if input_ids is None:
+        raise ValueError("expected input_ids (texts, tokens), got none; get_image_features embeds images alone")
+    if must_pair and images != len(input_ids):
+        raise ValueError(f"expected as many images as texts, image i with text i, got {images} and {len(input_ids)}")
+    rows = (("patch_mask", patch_mask, images), ("caption_ids", caption_ids, len(input_ids)))
+    for name, given, expected in rows:
+        if given is not None and len(given) != expected:
+            raise ValueError(f"expected {expected} rows of {name}, one per sample, got {len(given)}")
+
+
+def rows_of(value, start: int, end: int):
+    """These rows of a tensor, or of every tensor in a dict; anything else as it is."""
+    if isinstance(value, dict):
+        return {name: part[start:end] for name, part in value.items()}
+    return value[start:end] if isinstance(value, Tensor) else value
+
+
+def encode_in_chunks(encode: Callable[..., Embeddings], chunk_size: int, **inputs) -> Embeddings:
     """Encode a batch chunk by chunk, with the activations of one chunk in memory at a time.
 
     The chunks are encoded without activations being kept; the backward pass has the gradient of the loss with respect
@@ -78,15 +108,13 @@ def encode_in_chunks(encode: Callable[..., Embeddings], chunk_size: int, **input
     mixed precision, DistributedDataParallel and the Trainer need to know nothing of it.
 
     Args:
-        inputs: tensors (batch, ...), cut into chunks, and anything else, passed on.
+        inputs: tensors (batch, ...) and dicts of them, cut into chunks, and anything else, passed on.
     """
-    rows = len(next(value for value in inputs.values() if isinstance(value, Tensor)))
+    parts = [value.values() if isinstance(value, dict) else [value] for value in inputs.values()]
+    rows = len(next(value for part in parts for value in part if isinstance(value, Tensor)))
     parts = []
     for start in range(0, rows, chunk_size):
-        chunk = {
-            name: value[start : start + chunk_size] if isinstance(value, Tensor) else value
-            for name, value in inputs.items()
-        }
+        chunk = {name: rows_of(value, start, start + chunk_size) for name, value in inputs.items()}
         parts.append(checkpoint(encode, use_reentrant=False, **chunk))
     columns = zip(*parts, strict=True)
     return type(parts[0])(*(None if column[0] is None else torch.cat(column) for column in columns))

@@ -10,11 +10,14 @@ from transformers.utils.generic import can_return_tuple
 
 from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
 from vitweave.modeling.contrastive_losses import CONTRASTIVE_LOSSES, at_least_float32, pair_targets
+from vitweave.modeling.encoded_images import EncodedImages
 from vitweave.modeling.gather import gather_rows
 from vitweave.modeling.image_text_embeddings import (
     ImageEmbeddings,
     ImageTextRetrieverOutput,
     TextEmbeddings,
+    check_one,
+    check_rows,
     encode_in_chunks,
     gathered,
 )
@@ -30,7 +33,7 @@ from vitweave.modeling.text_encoder import (
     run_text_model,
     text_hash,
 )
-from vitweave.modeling.tile_alignment import TileAlignment, count_sentences
+from vitweave.modeling.tile_alignment import TileAlignment, check_alignment, count_sentences
 from vitweave.modeling.vision_tower import VisionTower, find_tower
 
 LARGEST_SCALE = 100.0  # CLIP's limit of the factor on cosines
@@ -114,11 +117,10 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
         for module in (*vision_model.modules(), *text_model.modules()):
             module._is_hf_initialized = True  # otherwise modules without the mark, e.g. new adapters, are drawn anew
         model = cls(config, vision_model, text_model)
-        for name, module in model.named_children():
-            if name not in ("vision_model", "text_model"):
-                module.to(device=vision_model.device, dtype=vision_model.dtype)
-        for parameter in model.parameters(recurse=False):
-            parameter.data = parameter.data.to(device=vision_model.device, dtype=vision_model.dtype)
+        given = {id(tensor) for part in (vision_model, text_model) for tensor in part.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in given:
+                parameter.data = parameter.data.to(device=vision_model.device, dtype=vision_model.dtype)
         return model
 
     @classmethod
@@ -129,8 +131,8 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
 
     def frozen_parts(self) -> list[nn.Module]:
         """What the config says to keep as it is."""
-        config = self.config
-        frozen = ((config.freeze_vision_encoder, self.tower.encoder.model), (config.freeze_text_model, self.text_model))
+        chosen = (self.config.freeze_vision_encoder, self.config.freeze_text_model)
+        frozen = zip(chosen, (self.vision_encoder, self.text_model), strict=True)
         return [part for chosen, part in frozen if chosen]
 
     def freeze(self) -> None:
@@ -160,13 +162,31 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
 
     # Images ----------------------------------------------------------------------------------------------------------
 
-    def encode_images(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> ImageEmbeddings:
-        """Embed images: (batch, channels, height, width) and, with padding, a patch_mask (batch, patches)."""
-        seen = self.tower.run(pixel_values, patch_mask)
+    @property
+    def vision_encoder(self) -> PreTrainedModel:
+        """The vision encoder, below a layer fusion."""
+        return self.tower.encoder.model
+
+    def encode(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> EncodedImages:
+        """What is read of the vision encoder, for `forward(encoder_outputs=...)`: a frozen one need not run again."""
+        return self.tower.encode(pixel_values, patch_mask, tiles=self.alignment is not None)
+
+    def encode_images(
+        self,
+        pixel_values: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+        encoder_outputs: EncodedImages | None = None,
+    ) -> ImageEmbeddings:
+        """Embed images: (batch, channels, height, width) and, with padding, a patch_mask (batch, patches); or instead
+        of both what `encode` returned for them."""
+        check_one(pixel_values, encoder_outputs)
+        if encoder_outputs is None:
+            seen = self.tower.run(pixel_values, patch_mask)
+        else:
+            seen = self.tower.run_encoded(encoder_outputs, tiles=self.alignment is not None)
         pooled = F.normalize(self.visual_projection(seen.pooled), dim=-1)
-        if self.alignment is None:
-            return ImageEmbeddings(pooled)
-        return ImageEmbeddings(pooled, *self.alignment.tiles(seen.maps, seen.masks))
+        tiles = () if self.alignment is None else self.alignment.tiles(seen.maps, seen.masks)
+        return ImageEmbeddings(pooled, *tiles)
 
     @can_return_tuple
     def get_image_features(
@@ -197,7 +217,7 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
 
     def get_tile_features(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tiles of images: (batch, tiles, projection_dim) unit vectors, and their mask (batch, tiles)."""
-        self.check_alignment()
+        check_alignment(self.alignment)
         return self.encode_images(pixel_values, patch_mask)[1:]
 
     # Texts -----------------------------------------------------------------------------------------------------------
@@ -259,7 +279,7 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
         token_type_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sentences of texts: (batch, sentences, projection_dim) unit vectors, and their mask (batch, sentences)."""
-        self.check_alignment(sentence_ids)
+        check_alignment(self.alignment, sentence_ids)
         return self.encode_texts(input_ids, attention_mask, token_type_ids, sentence_ids)[1:]
 
     # Both ------------------------------------------------------------------------------------------------------------
@@ -267,14 +287,15 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: Tensor,
-        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         patch_mask: Tensor | None = None,
         sentence_ids: Tensor | None = None,
         caption_ids: Tensor | None = None,
         return_loss: bool = True,
+        encoder_outputs: EncodedImages | None = None,
         **kwargs,
     ) -> ImageTextRetrieverOutput:
         """Compare images with texts.
@@ -289,18 +310,14 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
             return_loss: compute the loss of the pairs, image i with text i. In evaluation mode it is None where there
                 are not as many images as texts (candidate labels for one image).
         """
-        has_pairs = return_loss and len(pixel_values) == len(input_ids)
-        if return_loss and self.training and not has_pairs:
-            raise ValueError(
-                f"expected as many images as texts, image i with text i, got {len(pixel_values)} and {len(input_ids)}"
-            )
-        for name, given, rows in (("patch_mask", patch_mask, pixel_values), ("caption_ids", caption_ids, input_ids)):
-            if given is not None and len(given) != len(rows):
-                raise ValueError(f"expected {len(rows)} rows of {name}, one per sample, got {len(given)}")
+        check_one(pixel_values, encoder_outputs)
+        images = len(encoder_outputs["pooled"] if pixel_values is None else pixel_values)
+        has_pairs = return_loss and images == len(input_ids)
+        check_rows(images, input_ids, patch_mask, caption_ids, must_pair=return_loss and self.training)
         if has_pairs and self.training and self.alignment is not None:
-            self.check_alignment(sentence_ids)
+            check_alignment(self.alignment, sentence_ids)
         images, texts = self.embed_pairs(
-            {"pixel_values": pixel_values, "patch_mask": patch_mask},
+            {"pixel_values": pixel_values, "patch_mask": patch_mask, "encoder_outputs": encoder_outputs},
             {
                 "input_ids": input_ids,
                 "attention_mask": attention_mask,
@@ -381,14 +398,3 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
             return cosines
         alpha = self.config.ranking_alpha if alpha is None else alpha
         return torch.where(texts.sentence_mask.any(dim=1), alpha * cosines + (1 - alpha) * local, cosines)
-
-    def check_alignment(self, sentence_ids: Tensor | bool | None = True) -> None:
-        """Refuse to align without the parts for it, or without sentences."""
-        if self.alignment is None:
-            raise ValueError("this retriever aligns no tiles and sentences; build it with local_loss_weight above 0")
-        if sentence_ids is None:
-            raise ValueError(
-                "tile <-> sentence alignment expected sentence_ids (texts, tokens): the number of the sentence each"
-                " token belongs to, -1 for none; got none. FigureTextProcessor makes them; zeros take each caption as"
-                " one sentence, and local_loss_weight=0 builds a model without alignment"
-            )

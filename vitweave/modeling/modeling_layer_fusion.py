@@ -1,5 +1,7 @@
 """A vision encoder whose layers are fused: as a model, as a backbone, and under an image classifier."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -8,7 +10,8 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.utils.generic import can_return_tuple
 
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
-from vitweave.modeling.layer_fusion.base import FusedTokens, LayerTokens, mean_of_valid
+from vitweave.modeling.encoded_images import EncodedImages, decode_layers, encode_features, read_layers
+from vitweave.modeling.layer_fusion.base import FusedTokens, LayerTokens
 from vitweave.modeling.layer_fusion.registry import build_layer_fusion
 from vitweave.modeling.pretrained import VitweavePreTrainedModel
 from vitweave.modeling.tokens import tokens_to_map
@@ -98,6 +101,46 @@ class LayerFusionTrunk(LayerFusionPreTrainedModel):
         tokens = self.layer_tokens(features, patch_mask)
         return features, tokens, self.fusion(tokens, bool(output_attentions))
 
+    @property
+    def vision_encoder(self) -> PreTrainedModel:
+        """The encoder below the fusion."""
+        return self.encoder.model
+
+    @property
+    def encode_options(self) -> dict:
+        """What `encode` depends on besides the encoder; cached features are known by it."""
+        return {
+            "layers": tuple(self.config.layers),
+            "final_norm": self.encoder.final_norm,
+            "needs": tuple(sorted(self.fusion.needs)),
+        }
+
+    def encode(
+        self, pixel_values: Tensor, patch_mask: Tensor | None = None, needs: Collection[str] | None = None
+    ) -> EncodedImages:
+        """What the fusion reads of the images, for `forward(encoder_outputs=...)`: the encoder need not run again.
+
+        Args:
+            needs: keep what a fusion with these `needs` reads, so that other fusions of the same layers can read it
+                too; None is what this one reads.
+
+        Returns:
+            see `encode_features`.
+        """
+        features = self.encoder(pixel_values)
+        needs = self.fusion.needs if needs is None else needs
+        tokens = read_layers(features, self.config.layers, self.fusion.hidden_size, needs, patch_mask)
+        return encode_features(features, tokens, patch_mask, base_patches="patches" in needs)
+
+    def fuse_encoded(
+        self, encoder_outputs: EncodedImages, output_attentions: bool | None = None
+    ) -> tuple[LayerTokens, FusedTokens]:
+        """What the fusion reads of features that `encode` returned, and what it returns."""
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        tokens = decode_layers(encoder_outputs, self.fusion.needs)
+        return tokens, self.fusion(tokens, bool(output_attentions))
+
     def asks_for_states(self, output_hidden_states: bool | int | list[int] | None) -> bool:
         """Whether the caller, or else the config, asks for hidden states of the encoder; 0 is a layer, not a no."""
         asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -117,30 +160,7 @@ class LayerFusionTrunk(LayerFusionPreTrainedModel):
 
     def layer_tokens(self, features: VisionFeatures, patch_mask: Tensor | None = None) -> LayerTokens:
         """What the fusion reads of the encoder's features."""
-        chosen = [features.layers.index(layer) for layer in self.config.layers]
-        grid, needs = features.grids[chosen[-1]], self.fusion.needs
-        if patch_mask is not None and patch_mask.shape[1:] != (grid[0] * grid[1],):
-            raise ValueError(
-                f"expected a patch_mask (batch, {grid[0]}x{grid[1]}={grid[0] * grid[1]} patches), got the shape"
-                f" {tuple(patch_mask.shape)}"
-            )
-        class_tokens, _, base_patches = features.final
-        cls = [features.cls[index] for index in chosen]
-        means = [None] * len(chosen)
-        if "patch_means" in needs or cls[0] is None:
-            means = [mean_of_valid(features.patches[index], patch_mask) for index in chosen]
-        base_cls = features.pooled
-        if base_cls.shape[1] != self.fusion.hidden_size:
-            base_cls = class_tokens[:, 0] if class_tokens.shape[1] else mean_of_valid(base_patches, patch_mask)
-        return LayerTokens(
-            cls=torch.stack(means if cls[0] is None else cls, dim=1),
-            patches=torch.stack([features.patches[index] for index in chosen], dim=1) if "patches" in needs else None,
-            grid=grid,
-            base_cls=base_cls,
-            base_patches=base_patches,
-            patch_mask=patch_mask,
-            patch_means=torch.stack(means, dim=1) if "patch_means" in needs else None,
-        )
+        return read_layers(features, self.config.layers, self.fusion.hidden_size, self.fusion.needs, patch_mask)
 
 
 class LayerFusionModel(LayerFusionTrunk):
@@ -153,10 +173,11 @@ class LayerFusionModel(LayerFusionTrunk):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         patch_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
+        encoder_outputs: EncodedImages | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode images.
@@ -165,17 +186,24 @@ class LayerFusionModel(LayerFusionTrunk):
             pixel_values: (batch, channels, height, width).
             patch_mask: (batch, patches), True where a patch shows the image, not padding; read by the fusion.
             output_attentions: return what the fusion attended to, where it attends.
+            encoder_outputs: instead of pixel_values and patch_mask, what `encode` returned for them. Without patches in
+                it, last_hidden_state holds the class tokens and registers only, and there are no hidden_states.
 
         Returns:
             pooler_output (batch, hidden), fused; last_hidden_state (batch, tokens, hidden), the encoder's own with
             fused patches where the fusion is dense; attentions of the fusion; on request hidden_states of the encoder.
         """
-        features, tokens, fused = self.fuse(pixel_values, patch_mask, output_attentions, output_hidden_states)
+        if encoder_outputs is None:
+            features, tokens, fused = self.fuse(pixel_values, patch_mask, output_attentions, output_hidden_states)
+            prefix, states = features.final[:2], self.states_asked_for(features, output_hidden_states)
+        else:
+            tokens, fused = self.fuse_encoded(encoder_outputs, output_attentions)
+            prefix, states = [encoder_outputs["prefix"]], None
         patches = tokens.base_patches if fused.patches is None else fused.patches
         return BaseModelOutputWithPooling(
-            last_hidden_state=torch.cat([*features.final[:2], patches], dim=1),
+            last_hidden_state=torch.cat([*prefix, *([] if patches is None else [patches])], dim=1),
             pooler_output=fused.pooled,
-            hidden_states=self.states_asked_for(features, output_hidden_states),
+            hidden_states=states,
             attentions=None if fused.attentions is None else (fused.attentions,),
         )
 
@@ -242,11 +270,29 @@ class LayerFusionForImageClassification(LayerFusionPreTrainedModel):
         self.classifier = nn.Linear(hidden_size, config.num_labels) if config.num_labels else nn.Identity()
         self.post_init()
 
+    @property
+    def vision_encoder(self) -> PreTrainedModel:
+        """The encoder below the fusion."""
+        return self.layer_fusion.vision_encoder
+
+    @property
+    def encode_options(self) -> dict:
+        """What `encode` depends on besides the encoder."""
+        return self.layer_fusion.encode_options
+
+    def encode(self, pixel_values: Tensor, patch_mask: Tensor | None = None) -> EncodedImages:
+        """What the fusion reads of the images, for `forward(encoder_outputs=...)`."""
+        return self.layer_fusion.encode(pixel_values, patch_mask)
+
     @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, patch_mask: Tensor | None = None, **kwargs
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+        **kwargs,
     ) -> ImageClassifierOutput:
-        """Classify images (batch, channels, height, width); labels (batch,) are class ids.
+        """Classify images (batch, channels, height, width); labels (batch,) are class ids, kwargs those of the model.
 
         Returns:
             logits (batch, num_labels), and the loss when labels are given.

@@ -91,6 +91,18 @@ class TileAlignment(nn.Module):
         ).T
 
 
+def check_alignment(alignment: TileAlignment | None, sentence_ids: Tensor | bool | None = True) -> None:
+    """Refuse to align without the parts for it, or without sentences."""
+    if alignment is None:
+        raise ValueError("this retriever aligns no tiles and sentences; build it with local_loss_weight above 0")
+    if sentence_ids is None:
+        raise ValueError(
+            "tile <-> sentence alignment expected sentence_ids (texts, tokens): the number of the sentence each"
+            " token belongs to, -1 for none; got none. FigureTextProcessor makes them; zeros take each caption as"
+            " one sentence, and local_loss_weight=0 builds a model without alignment"
+        )
+
+
 def count_sentences(sentence_ids: Tensor) -> int:
     """Sentences of the longest caption; while compiling, where values are not known, no fewer than that."""
     return sentence_ids.shape[1] if torch.compiler.is_compiling() else int(sentence_ids.max()) + 1

@@ -1,11 +1,13 @@
 """What a dual encoder reads of its vision model: one vector, and maps to cut tiles from."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vitweave.modeling.encoded_images import EncodedImages, check_encoded, encode_features, grid_of, read_layers
 from vitweave.modeling.own_models import OWN_MODELS
 from vitweave.modeling.tile_alignment import resized_mask
 from vitweave.modeling.tokens import tokens_to_map
@@ -92,7 +94,25 @@ class VisionTower:
             if asks_attentions:
                 attentions = self.model(pixel_values, output_attentions=True, return_dict=True).attentions
         patches = features.final[2] if patches is None else patches
-        grid = features.grids[-1]
+        output = self.output(
+            pooled, torch.cat(features.final[:2], dim=1), patches, maps, features.grids[-1], patch_mask
+        )
+        output.hidden_states, output.attentions = features.states if asks_states else None, attentions
+        return output
+
+    def output(
+        self,
+        pooled: Tensor,
+        prefix: Tensor,
+        patches: Tensor | None,
+        maps: tuple[Tensor, ...] | None,
+        grid: tuple[int, int],
+        patch_mask: Tensor | None,
+    ) -> TowerOutput:
+        """What is read of the tower's pooled vector, prefix tokens, patches and maps; without patches it has no maps
+        of them."""
+        if patches is None:
+            return TowerOutput(pooled, prefix)
         if patch_mask is not None and patch_mask.shape != patches.shape[:2]:
             raise ValueError(
                 f"expected a patch_mask (batch, patches) = {tuple(patches.shape[:2])} for a grid of"
@@ -102,12 +122,49 @@ class VisionTower:
             maps = (tokens_to_map(patches, grid),) * self.levels
         return TowerOutput(
             pooled=pooled,
-            tokens=torch.cat([*features.final[:2], patches], dim=1),
+            tokens=torch.cat([prefix, patches], dim=1),
             maps=maps,
             masks=tuple(resized_mask(patch_mask, grid, level.shape[-2:]) for level in maps),
-            hidden_states=features.states if asks_states else None,
-            attentions=attentions,
         )
+
+    def encode(
+        self,
+        pixel_values: Tensor,
+        patch_mask: Tensor | None = None,
+        needs: Collection[str] | None = None,
+        tiles: bool = False,
+    ) -> EncodedImages:
+        """What is read of a frozen encoder, for `run_encoded`.
+
+        Args:
+            needs: of a layer fusion; None is what the tower's own reads.
+            tiles: keep the patches that tiles are cut from.
+        """
+        features, tokens = self.encoder(pixel_values), None
+        needs = self.needs if needs is None else needs
+        if self.is_fused:
+            fusion = self.model.fusion
+            tokens = read_layers(features, self.model.config.layers, fusion.hidden_size, needs, patch_mask)
+        return encode_features(features, tokens, patch_mask, base_patches=tiles or "patches" in needs)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the layer fusion reads; nothing without one."""
+        return self.model.fusion.needs if self.is_fused else frozenset()
+
+    def run_encoded(self, encoded: EncodedImages, tiles: bool = False) -> TowerOutput:
+        """`run`, from what `encode` returned for the images.
+
+        Args:
+            tiles: tiles will be cut; refuses features without the patches for them.
+        """
+        check_encoded(encoded, ["base_patches"] if tiles else [])
+        pooled, patches, maps = encoded["pooled"], None, None
+        if self.is_fused:
+            fused = self.model.fuse_encoded(encoded)[1]
+            pooled, patches, maps = fused.pooled, fused.patches, fused.feature_maps
+        patches = encoded.get("base_patches") if patches is None else patches
+        return self.output(pooled, encoded["prefix"], patches, maps, grid_of(encoded), encoded.get("patch_mask"))
 
 
 def find_tower(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """Compute the features that a cache lacks: images through the frozen encoder, in one or more processes."""
 
+import inspect
 import json
 import secrets
 from collections.abc import Iterator
@@ -112,7 +113,8 @@ class FeatureBuilder:
     """Writes the features of some samples of a dataset into a folder of shards.
 
     Args:
-        model: anything with `encode(pixel_values)`.
+        model: anything with `encode(pixel_values)`; what else of an item `encode` takes by name (`patch_mask`) it gets,
+            and the item is not stored beside its output.
         keys: of every sample of the dataset.
         dtype: for floating point features; None keeps what the encoder gives.
     """
@@ -127,13 +129,14 @@ class FeatureBuilder:
         if "pixel_values" not in item:
             raise ValueError(f"expected items with pixel_values to cache, got {sorted(item)}")
         leaves: dict[str, Tensor] = {}
-        outputs = self.model.encode(item["pixel_values"].to(self.device, non_blocking=True))
+        read = [name for name in inspect.signature(self.model.encode).parameters if name in item]
+        outputs = self.model.encode(**{name: item[name].to(self.device, non_blocking=True) for name in read})
         structure = {"encoder_outputs": flatten(outputs, "encoder_outputs", leaves)}
         described = {name: {"dtype": str(leaf.dtype), "order": memory_order(leaf)} for name, leaf in leaves.items()}
         for name, leaf in leaves.items():
             dtype = self.dtype if self.dtype is not None and leaf.is_floating_point() else leaf.dtype
             leaves[name] = leaf.permute(described[name]["order"]).to(dtype)
-        for name in sorted(item.keys() - {"pixel_values"}):
+        for name in sorted(item.keys() - set(read)):
             leaves[name] = item[name]
             structure[name] = name
             described[name] = {"dtype": str(item[name].dtype), "order": list(range(item[name].ndim))}

@@ -3,9 +3,10 @@
 import json
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -95,6 +96,7 @@ class CachedFeatures(Dataset):
     def __init__(self, shards: list[Shard], places: Tensor):
         self.paths, self.places = [shard.path for shard in shards], places
         self.opened: list[Shard | None] = list(shards)
+        self.names: frozenset[str] | None = None
         CachedFeatures.instances.add(self)
 
     def __getstate__(self) -> dict:
@@ -102,6 +104,21 @@ class CachedFeatures(Dataset):
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def only(self, names: Collection[str]) -> "CachedFeatures":
+        """The same samples with these entries of their `encoder_outputs` alone; the others are not read."""
+        other = copy(self)
+        other.opened, other.names = list(self.opened), frozenset(names)
+        CachedFeatures.instances.add(other)
+        return other
+
+    def structure(self, layout: dict) -> dict:
+        """The nest of the leaves' names, without the entries that are not asked for."""
+        whole = layout["structure"]
+        if self.names is None:
+            return whole
+        kept = {name: part for name, part in whole["encoder_outputs"].items() if name in self.names}
+        return {**whole, "encoder_outputs": kept}
 
     def shard(self, number: int) -> Shard:
         if self.opened[number] is None:
@@ -125,8 +142,9 @@ class CachedFeatures(Dataset):
                     f"expected features of one size in a batch, got {first.row_shapes} and {shard.row_shapes}; set the "
                     "processor's size and do_resize=True, or use batch size 1"
                 )
-        leaves = {}
-        for name, about in first.layout["leaves"].items():
+        leaves, structure = {}, self.structure(first.layout)
+        for name in ends_of(structure):
+            about = first.layout["leaves"][name]
             if others:
                 leaf = torch.stack([shard.leaves[name][row] for shard, row in zip(shards, rows, strict=True)])
             else:
@@ -134,7 +152,16 @@ class CachedFeatures(Dataset):
             order = about["order"]
             leaf = leaf.to(getattr(torch, about["dtype"].removeprefix("torch.")))
             leaves[name] = leaf.permute([order.index(axis) for axis in range(len(order))])
-        return StackedSamples(assemble(first.layout["structure"], leaves), len(rows))
+        return StackedSamples(assemble(structure, leaves), len(rows))
+
+
+def ends_of(structure) -> Iterator[str]:
+    """The names at the ends of nested dicts and lists."""
+    if isinstance(structure, str):
+        yield structure
+    else:
+        for part in structure.values() if isinstance(structure, dict) else structure:
+            yield from ends_of(part)
 
 
 def why_random(dataset) -> str | None:

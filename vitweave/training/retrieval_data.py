@@ -42,6 +42,23 @@ def candidate_texts(
     return [text for text in found if "".join(text).strip()]
 
 
+class ImagesOf(Dataset):
+    """The images of a retrieval dataset, each once: what a cache of a frozen encoder's features is made from."""
+
+    def __init__(self, dataset: "RetrievalDataset"):
+        self.dataset, self.processor = dataset, dataset.processor.image_processor
+        records = dataset.records
+        if hasattr(records, "select_columns"):
+            records = records.select_columns([dataset.image_column])
+        self.samples = records if hasattr(records, "sources") or hasattr(records, "cast_column") else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.dataset.encode_image(index)
+
+
 class RetrievalDataset(Dataset):
     """`pixel_values`, `patch_mask`, `input_ids`, `attention_mask`, `sentence_ids`, `caption_ids` per record.
 
@@ -146,6 +163,10 @@ class RetrievalDataset(Dataset):
             for index in range(len(self.records))
             for text in self.texts(index)
         ]
+
+    def images(self) -> Dataset:
+        """The images alone, as `encode_image` gives them."""
+        return ImagesOf(self)
 
     def picture(self, index: int):
         """The image of a record."""

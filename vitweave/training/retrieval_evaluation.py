@@ -6,25 +6,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from vitweave.training.feature_cache import FeatureCollator
 from vitweave.training.retrieval_data import RetrievalCollator, RetrievalDataset, text_id
 from vitweave.training.retrieval_metrics import retrieval_metrics, retrieval_ranks
 from vitweave.training.retrieval_ranking import CombinedRanking, GallerySide
-
-
-class ImagesOf(Dataset):
-    """The images of a retrieval dataset, each once."""
-
-    def __init__(self, dataset: RetrievalDataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.dataset.encode_image(index)
 
 
 class TextsOf(Dataset):
@@ -90,7 +79,7 @@ def embed_all(model: nn.Module, dataset: Dataset, collator, embed, batch_size: i
     parts = []
     try:
         for batch in DataLoader(dataset, batch_size, collate_fn=collator, num_workers=num_workers):
-            found = embed(model, {name: value.to(device) for name, value in batch.items()})
+            found = embed(model, send_to_device(batch, device))
             parts.append([None if one is None else one.cpu() for one in found])
     finally:
         model.train(was_training)
@@ -114,12 +103,12 @@ def embed_dataset(
     run = partial(
         embed_all,
         model,
-        collator=RetrievalCollator(dataset.processor.tokenizer),
+        collator=FeatureCollator(RetrievalCollator(dataset.processor.tokenizer)),
         batch_size=batch_size,
         num_workers=num_workers,
     )
     groups, texts = record_groups(dataset), TextsOf(dataset)
-    pooled, tiles, tile_mask = run(dataset=ImagesOf(dataset), embed=image_embeddings)
+    pooled, tiles, tile_mask = run(dataset=dataset.images(), embed=image_embeddings)
     images = GallerySide(pooled, groups, tiles, tile_mask)
     pooled, sentences, sentence_mask = run(dataset=texts, embed=text_embeddings)
     return images, GallerySide(pooled, groups[texts.owners], sentences, sentence_mask)

@@ -119,6 +119,10 @@ class RetrievalRecords(Sequence):
         """The record, its image opened, its path as `path`, its name as `name`."""
         return {**self.fields(index), self.image_column: open_picture(self.path_of(self.records[index]))}
 
+    def sources(self, index: int) -> dict[str, Path]:
+        """The file of the record's image."""
+        return {"image": self.path_of(self.records[index])}
+
     def fields(self, index: int) -> dict:
         """The record without opening its image."""
         record = self.records[index]

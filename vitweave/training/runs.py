@@ -96,6 +96,7 @@ def build_trainer(
     encoder_lr_scale: float = 1.0,
     callbacks=(),
     cache_features: str | Path | None = None,
+    trainer_class: type[Trainer] = Trainer,
 ) -> Trainer:
     """The stock `Trainer` with a recipe's collator and metrics, our parameter groups, and the epoch told to the data.
 
@@ -105,6 +106,7 @@ def build_trainer(
         reduce_predictions: `preprocess_logits_for_metrics`, so that no whole volume of logits is kept.
         encoder_lr_scale: the encoder's learning rate as a multiple of `learning_rate`.
         cache_features: folder in which a frozen encoder's features are kept, so that it runs once per image.
+        trainer_class: a `Trainer` that evaluates otherwise.
     """
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     groups = parameter_groups(model, args.learning_rate, args.weight_decay, encoder_lr_scale)
@@ -112,7 +114,7 @@ def build_trainer(
         raise ValueError("no parameter of the model requires a gradient; train the head, an adapter, or everything")
     train_dataset, eval_dataset = with_cached_features(model, train_dataset, eval_dataset, cache_features, args)
     epochs = [TellEpoch(train_dataset)] if hasattr(train_dataset, "set_epoch") else []
-    return Trainer(
+    return trainer_class(
         model=model,
         args=args,
         train_dataset=train_dataset,
