@@ -22,7 +22,13 @@ ARROWS = {
 }
 # push_to_hub(with_code=True) is a method of the models; its import waits inside the method
 DOORS = {"modeling/pretrained.py": {"vitweave.hub.export"}}
-PRINTING = ("cli.py", "cli_search.py", "cli_specialize.py", "command.py")  # what stands behind the `vitweave` command
+PRINTING = (
+    "cli.py",
+    "cli_compare.py",
+    "cli_search.py",
+    "cli_specialize.py",
+    "command.py",
+)  # what stands behind the `vitweave` command
 # folders whose files know nothing of each other; only their registry.py may import them all
 FAMILIES = ("heads", "layer_fusion", "encoder_fusion", "modality_fusion")
 SHARED = ("base", "registry", "__init__")

@@ -42,6 +42,17 @@ def candidate_texts(
     return [text for text in found if "".join(text).strip()]
 
 
+def corpus_of(
+    records: Sequence[Mapping],
+    columns: Sequence[str] = ("caption",),
+    sentence_columns: Mapping[str, str] = SENTENCE_COLUMNS,
+) -> list[str]:
+    """All texts of records, to train a tokenizer on, which a dataset needs before it can be made."""
+    read = records.fields if hasattr(records, "fields") else records.__getitem__
+    found = (text for index in range(len(records)) for text in candidate_texts(read(index), columns, sentence_columns))
+    return [text if isinstance(text, str) else " ".join(text) for text in found]
+
+
 class ImagesOf(Dataset):
     """The images of a retrieval dataset, each once: what a cache of a frozen encoder's features is made from."""
 

@@ -68,9 +68,26 @@ def retrieval_metrics(
 def bootstrap_intervals(
     ranks: dict[str, Tensor], groups: dict[str, Tensor], resamples: int, seed: int
 ) -> dict[str, float]:
-    """95 % intervals: groups are drawn with replacement, both directions and all texts of an image together.
+    """95 % intervals of the metrics in `bootstrap_samples`, as `<name>_low` and `<name>_high`."""
+    intervals = {name: interval(sample) for name, sample in bootstrap_samples(ranks, groups, resamples, seed).items()}
+    return {f"{name}_{end}": pair[i] for name, pair in intervals.items() for i, end in enumerate(("low", "high"))}
 
-    The gallery stays whole; what varies is which queries were asked.
+
+def interval(samples: Tensor) -> tuple[float, float]:
+    """What 95 % of the samples lie between."""
+    edges = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = samples[samples.isfinite()].quantile(edges).tolist()
+    return low, high
+
+
+def bootstrap_samples(
+    ranks: dict[str, Tensor], groups: dict[str, Tensor], resamples: int, seed: int
+) -> dict[str, Tensor]:
+    """Recalls, mrr and rsum of resampled queries, (resamples,) each.
+
+    Groups are drawn with replacement, both directions and all texts of an image together. The gallery stays whole; what
+    varies is which queries were asked. The same seed draws the same groups, so that two models can be compared pair by
+    pair.
 
     Args:
         ranks, groups: (queries,) of each direction.
@@ -95,11 +112,7 @@ def bootstrap_intervals(
         names = [*(f"R@{cutoff}" for cutoff in CUTOFFS), "mrr"]
         samples |= {f"{way}_{name}": column for name, column in zip(names, columns, strict=True)}
     samples["rsum"] = sum(samples[f"{way}_R@{cutoff}"] for way in DIRECTIONS for cutoff in CUTOFFS)
-    edges = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    intervals = {name: sample[sample.isfinite()].quantile(edges) for name, sample in samples.items()}
-    return {
-        f"{name}_{end}": pair[i].item() for name, pair in intervals.items() for i, end in enumerate(("low", "high"))
-    }
+    return samples
 
 
 def query_values(ranks: Tensor) -> Tensor:
