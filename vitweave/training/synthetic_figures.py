@@ -1,6 +1,8 @@
 """Small drawn figures with captions that tell what is on them: retrieval records without any file."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -45,6 +47,20 @@ def draw_discs(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour
 
 
 KINDS = {"bar chart": draw_bars, "curve": draw_curve, "scatter plot": draw_dots, "disc": draw_discs}
+
+
+def write_figures(folder: str | Path, splits: Mapping[str, int], panel_size: int = 32) -> None:
+    """A folder as `open_records` reads it: `captions.jsonl` and PNGs, so many records in each split."""
+    folder, lines = Path(folder), []
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for seed, (split, length) in enumerate(splits.items()):
+        figures = SyntheticFigures(length, panel_size, seed)
+        for index in range(length):
+            record = figures[index]
+            place = f"images/{split}-{index}.png"
+            record.pop("image").save(folder / place)
+            lines.append(json.dumps({**record, "id": f"{split} {index}", "image": place, "split": split}))
+    (folder / "captions.jsonl").write_text("\n".join(lines))
 
 
 class SyntheticFigures(Sequence):
