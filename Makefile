@@ -1,5 +1,6 @@
 # Every target builds the environment it needs; all it asks for is git, make, Python >= 3.10 and a package index for pip.
 #   make demo              train, save, reload, export and draw a specialised ViT on microscopy images   (3 minutes)
+#   make demo-retrieval    train a retriever of scientific figures from scratch, search by text         (4 minutes)
 #   make test              the whole suite         make test-fast         without the slow tests
 #   make test-floor        the fast tier on the oldest supported transformers
 #   make test-torchvision  the tests that need torchvision and timm, on the newest torch
@@ -14,10 +15,13 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo test test-fast test-floor test-torchvision lint bench clean
+.PHONY: demo demo-retrieval test test-fast test-floor test-torchvision lint bench clean
 
 demo: .venv/stamp
 	.venv/bin/python examples/demo.py --out demo
+
+demo-retrieval: .venv/stamp
+	.venv/bin/python examples/demo_retrieval.py --out demo-retrieval
 
 test: .venv/stamp
 	.venv/bin/python -m pytest $(TESTS)
@@ -39,7 +43,7 @@ bench: .venv/stamp
 	for script in benchmarks/*.py; do .venv/bin/python $$script || exit 1; done
 
 clean:
-	rm -rf .venv .venv-floor .venv-torchvision build dist demo runs *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-floor .venv-torchvision build dist demo demo-retrieval runs *.egg-info .pytest_cache .ruff_cache
 
 .venv/stamp: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "vitweave needs Python >= 3.10, got " + sys.version)'

@@ -81,7 +81,7 @@ def main() -> dict[str, float]:
         text_model = AutoModel.from_pretrained(args.text_encoder)
     else:
         tokenizer = train_tokenizer(corpus_of(train, args.text_columns), max_length=args.max_length)
-        text_model = build_text_model(small_text_config(tokenizer))
+        text_model = build_text_model(small_text_config(tokenizer, *((48, 1, 1) if args.tiny else ())))
 
     # 2. A specialised ViT, its layers fused; whole figures on a white square
     normalisation = {}
