@@ -205,3 +205,36 @@ def test_the_encoder_alone_can_be_built_from_its_config():
     config = LayerFusionConfig(encoder_config=specialised())
     assert (config.hidden_size, config.num_channels) == (32, 3)
     assert build_model(config.encoder_config).config.hidden_size == 32
+
+
+@pytest.mark.parametrize("fusion_type", sorted(LAYER_FUSIONS))
+def test_kept_features_give_what_the_images_give(fusion_type):
+    options = {"direct": True}  # so that the fusion counts
+    config = LayerFusionConfig(
+        encoder_config=specialised(), layers=[1, 2], fusion_type=fusion_type, fusion_options=options
+    )
+    torch.manual_seed(0)
+    model = LayerFusionModel(config).eval()
+    patches = model(PIXELS).last_hidden_state.shape[1] - model.encoder.facts.num_class_tokens
+    mask = torch.ones(2, patches, dtype=torch.bool)
+    mask[0, -2:] = False
+    with torch.no_grad():
+        expected = model(PIXELS, patch_mask=mask)
+        for needs in (None, {"patches", "patch_means"}):  # what it reads, and what any fusion reads
+            kept = model.encode(PIXELS, mask, needs)
+            found = model(encoder_outputs=kept)
+            assert torch.equal(found.pooler_output, expected.pooler_output)
+            rows = found.last_hidden_state.shape[1]
+            assert torch.equal(found.last_hidden_state, expected.last_hidden_state[:, :rows])
+            assert (rows > 1) == ("base_patches" in kept)
+    needed = "patches" if "patches" in model.fusion.needs else "cls"
+    with pytest.raises(ValueError, match=f"expected .*'{needed}'.* in encoder_outputs"):
+        model(encoder_outputs={name: part for name, part in kept.items() if name != needed})
+
+
+def test_a_classifier_reads_kept_features_too():
+    config = LayerFusionConfig(encoder_config=specialised(), layers=[1, 2], fusion_type="concat", num_labels=3)
+    model = LayerFusionForImageClassification(config).eval()
+    kept = model.encode(PIXELS)
+    assert "patches" not in kept and model.encode_options["layers"] == (1, 2)
+    assert torch.equal(model(encoder_outputs=kept).logits, model(PIXELS).logits)

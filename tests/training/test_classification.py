@@ -10,7 +10,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.modeling.modeling_layer_fusion import LayerFusionForImageClassification
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
 from vitweave.processing.crop_augmentation import ClassificationAugmentation
 from vitweave.training.classification import train_classification
@@ -145,3 +147,18 @@ def test_cached_features_train_the_same_classifier(tmp_path):
     online, cached = models
     assert all(torch.equal(tensor, online[name]) for name, tensor in cached.items())
     assert any((tmp_path / "features").rglob("*.safetensors"))
+
+
+def test_a_layer_fusion_trains_alike_on_cached_features_of_its_frozen_encoder(tmp_path):
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    ends = {}
+    for name, folder in {"online": None, "cached": tmp_path / "features"}.items():
+        torch.manual_seed(0)
+        encoder = SpecializedViTConfig(**small)
+        config = LayerFusionConfig(encoder_config=encoder, layers=[1, 2], fusion_type="film", num_labels=3)
+        model = LayerFusionForImageClassification(config)
+        model.vision_encoder.requires_grad_(False)
+        run(tmp_path / name, model, train=data(augmented=False), cache_features=folder)
+        ends[name] = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    assert all(torch.equal(tensor, ends["online"][key]) for key, tensor in ends["cached"].items())
+    assert ends["cached"]["layer_fusion.fusion.gamma_global"].any()

@@ -435,3 +435,13 @@ def test_kills_and_several_processes(option):
     script = Path(__file__).parents[2] / "benchmarks" / "kill_cache_build.py"
     done = subprocess.run([sys.executable, str(script), "--tiny", option], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_entries_that_are_not_asked_for_are_not_read(tmp_path):
+    whole = cached(tmp_path, tiny_model(head_type="linear"))
+    none = whole.only([])
+    batch = none.__getitems__([3, 0]).batch
+    assert batch["encoder_outputs"] == {} and len(batch["labels"]) == 2
+    same = whole.only(["feature_maps"])
+    assert torch.equal(same[3]["encoder_outputs"]["feature_maps"][0], whole[3]["encoder_outputs"]["feature_maps"][0])
+    assert set(none.paths) == set(whole.paths) and none in CachedFeatures.instances

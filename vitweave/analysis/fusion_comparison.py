@@ -137,6 +137,7 @@ def build_vision(encoder: PreTrainedModel, name: str, options: ComparisonOptions
 
 
 def tower_of(model: PreTrainedModel) -> VisionTower:
+    """What a retriever without tiles reads the model by."""
     return VisionTower(model, levels=1, source="patches")
 
 
@@ -273,5 +274,6 @@ def joined(runs: list[dict], name: str) -> dict[str, Tensor]:
 
 
 def mean_of(values: Iterable[float]) -> float:
+    """The plain mean."""
     values = list(values)
     return sum(values) / len(values)

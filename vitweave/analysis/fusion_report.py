@@ -32,6 +32,7 @@ def markdown_table(rows: list[dict]) -> str:
 
 
 def in_per_cent(values: dict[str, float]) -> dict[str, float]:
+    """Every share times 100."""
     return {name: 100 * value for name, value in values.items()}
 
 

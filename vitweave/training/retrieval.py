@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from vitweave.modeling.modeling_image_text_retriever import ImageTextRetrieverModel
 from vitweave.training.cached_gradients import cache_gradients
@@ -33,6 +33,16 @@ class RetrievalTrainer(Trainer):
 def bare(model) -> ImageTextRetrieverModel:
     """The retriever below adapters."""
     return next((part for part in model.modules() if isinstance(part, ImageTextRetrieverModel)), model)
+
+
+def check_batch(args: TrainingArguments, train_dataset) -> None:
+    """Refuse a run whose only batch would be left out for not being whole."""
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(train_dataset) < batch:
+        raise ValueError(
+            f"expected at least one whole batch, {batch} pairs, got {len(train_dataset)}; set"
+            " per_device_train_batch_size"
+        )
 
 
 def train_retrieval(
@@ -74,12 +84,7 @@ def train_retrieval(
     defaults = {"learning_rate": 5e-4, "per_device_train_batch_size": 64, "dataloader_drop_last": True}
     best_metric = None if eval_dataset is None else "rsum"
     args = run_arguments(output_dir, best_metric, label_names=[], **{**defaults, **arguments})
-    batch = args.train_batch_size
-    if args.dataloader_drop_last and len(train_dataset) < batch * args.world_size:
-        raise ValueError(
-            f"expected at least one whole batch, {batch * args.world_size} pairs, got {len(train_dataset)}; set"
-            " per_device_train_batch_size"
-        )
+    check_batch(args, train_dataset)
     checkpoint = resume_point(args, resume)
     cache_gradients(model, embedding_chunk_size)
     processor = train_dataset.processor if processor is None else processor
