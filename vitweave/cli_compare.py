@@ -26,6 +26,7 @@ def add_compare_command(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--fusion-lr-scale", type=float, default=1.0, help="of the fusions, times the learning rate")
     parser.add_argument("--size", type=int, help="pixels of the square canvas (default: the encoder's image size)")
     parser.add_argument("--text-columns", nargs="+", default=["caption"], help="one text is drawn per epoch")
     parser.add_argument("--text-size", type=int, default=192, help="width of the text model, trained from scratch")
@@ -87,6 +88,7 @@ def run_compare(args: argparse.Namespace) -> None:
         steps=args.steps,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
+        fusion_lr_scale=args.fusion_lr_scale,
         text_size=args.text_size,
         text_layers=args.text_layers,
         feature_dtype=args.feature_dtype,
@@ -105,7 +107,8 @@ def run_compare(args: argparse.Namespace) -> None:
     facts = {
         "encoder": f"{args.encoder}, frozen, layers {args.layers}",
         "data": f"{args.data} {where or ''}, {len(train)} {args.train_split}, {len(validation)} {args.eval_split}",
-        "training": f"{args.steps} steps of {args.batch_size} pairs, learning rate {args.learning_rate}",
+        "training": f"{args.steps} steps of {args.batch_size} pairs, learning rate {args.learning_rate},"
+        f" of the fusions times {args.fusion_lr_scale}",
         "RSUM of a random order": f"{100 * chance_rsum(len(validation)):.1f}",
     }
     print(write_report(rows, args.out, facts, plot=not args.no_plot))

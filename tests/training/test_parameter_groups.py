@@ -66,14 +66,15 @@ def test_fusion_parameters_are_no_matrices_and_learn_like_a_head():
     )
     text = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     model = ImageTextRetrieverModel(ImageTextRetrieverConfig(vision_config=fusion, text_config=text))
-    groups = parameter_groups(model, 1e-3, 0.1, encoder_lr_scale=0.1)
+    groups = parameter_groups(model, 1e-3, 0.1, encoder_lr_scale=0.1, fusion_lr_scale=10.0)
     places = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     found = {name: places[id(parameter)] for name, parameter in model.named_parameters()}
     for name, (rate, decay) in found.items():
-        in_encoder = name.startswith("vision_model.encoder.")
-        assert rate == pytest.approx(1e-4 if in_encoder else 1e-3), name
+        rates = {"vision_model.encoder.": 1e-4, "vision_model.fusion.": 1e-2}
+        expected = next((value for start, value in rates.items() if name.startswith(start)), 1e-3)
+        assert rate == pytest.approx(expected), name
         if "gamma" in name or "embed" in name.rpartition(".")[2] or "logit" in name or "_embeddings.weight" in name:
             assert decay == 0, name
-    assert found["vision_model.fusion.layer_embed"] == (1e-3, 0.0)
+    assert found["vision_model.fusion.layer_embed"] == (1e-2, 0.0)
     assert found["visual_projection.weight"] == (1e-3, 0.1)
     assert found["text_model.embeddings.word_embeddings.weight"] == (1e-3, 0.0)

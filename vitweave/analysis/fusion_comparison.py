@@ -40,6 +40,7 @@ class ComparisonOptions:
         layers: of the encoder, as in `LayerFusionConfig`.
         fusion_options: name of a fusion -> its options.
         steps, batch_size, learning_rate, weight_decay: of every run; the last step's weights count, none is chosen.
+        fusion_lr_scale: the learning rate of the fusions as a multiple of `learning_rate`.
         projection_dim: channels of the space images and texts share.
         text_size, text_layers: of the text model, which is trained from scratch.
         feature_dtype: to keep the features in, e.g. "float16"; None is exact.
@@ -52,6 +53,7 @@ class ComparisonOptions:
     batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
+    fusion_lr_scale: float = 1.0
     projection_dim: int = 256
     text_size: int = 192
     text_layers: int = 4
@@ -114,8 +116,9 @@ def compare_fusions(
 
 
 def settings_of(settings: dict, name: str) -> dict:
-    """What a run of this fusion depends on: of the fusions' options only its own."""
-    return {**settings, "fusion_options": settings["fusion_options"].get(name)}
+    """What a run of this fusion depends on: of the fusions' options only its own, and none without a fusion."""
+    own = {"fusion_options": settings["fusion_options"].get(name)}
+    return {**settings, **own, **({"fusion_lr_scale": 1.0} if name == BASELINE else {})}
 
 
 def finished_run(path: Path, settings: dict, name: str) -> dict | None:
@@ -198,6 +201,7 @@ def one_run(
             max_steps=options.steps,
             learning_rate=options.learning_rate,
             weight_decay=options.weight_decay,
+            fusion_lr_scale=options.fusion_lr_scale,
             per_device_train_batch_size=options.batch_size,
             save_strategy="no",
             disable_tqdm=True,

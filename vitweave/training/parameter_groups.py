@@ -34,19 +34,25 @@ def find_encoder(model: nn.Module) -> nn.Module:
 
 
 def parameter_groups(
-    model: nn.Module, learning_rate: float, weight_decay: float, encoder_lr_scale: float = 1.0
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    encoder_lr_scale: float = 1.0,
+    fusion_lr_scale: float = 1.0,
 ) -> list:
     """Groups for a torch optimiser: decayed or not, encoder (learning rate times `encoder_lr_scale`) or head.
 
-    Layer fusions belong to the head, wherever they are; tables of embeddings are not decayed.
+    Layer fusions belong to the head, wherever they are, and learn `fusion_lr_scale` times as fast: what they add starts
+    at zero, beside the encoder's own output. Tables of embeddings are not decayed.
     """
     encoder = set() if encoder_lr_scale == 1.0 else {id(parameter) for parameter in find_encoder(model).parameters()}
-    encoder -= parameters_of(model, LayerFusion)
+    fused = parameters_of(model, LayerFusion)
     tables = parameters_of(model, nn.Embedding)
     groups: dict[tuple, list] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = encoder_lr_scale if id(parameter) in encoder else 1.0
+            scale = fusion_lr_scale if id(parameter) in fused else scale
             decayed = is_decayed(name, parameter) and id(parameter) not in tables
             groups.setdefault((scale, decayed), []).append(parameter)
     return [

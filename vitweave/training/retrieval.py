@@ -53,6 +53,7 @@ def train_retrieval(
     output_dir: str | Path = "runs/retrieval",
     resume: bool = False,
     encoder_lr_scale: float = 1.0,
+    fusion_lr_scale: float = 1.0,
     embedding_chunk_size: int | None = None,
     callbacks=(),
     cache_features: str | Path | None = None,
@@ -69,8 +70,8 @@ def train_retrieval(
         train_dataset, eval_dataset: `RetrievalDataset`; two different objects. Of eval_dataset every text counts.
         processor: a `FigureTextProcessor`, saved beside every checkpoint; None takes that of train_dataset.
         resume: go on from the last whole checkpoint in `output_dir`, or from the start if there is none.
-        encoder_lr_scale: the vision encoder's learning rate as a multiple of `learning_rate`; layer fusion, projections
-            and text model learn at that rate itself.
+        encoder_lr_scale, fusion_lr_scale: learning rates of the vision encoder and of the layer fusion as multiples of
+            `learning_rate`.
         embedding_chunk_size: pairs whose activations are in memory at a time (`cached_gradients`); None is the batch.
         cache_features: folder in which a frozen vision encoder's features are kept, so that every image runs through it
             once.
@@ -102,5 +103,6 @@ def train_retrieval(
         encoder_lr_scale=encoder_lr_scale,
         callbacks=callbacks,
         trainer_class=RetrievalTrainer,
+        fusion_lr_scale=fusion_lr_scale,
     )
     return run(trainer, checkpoint)

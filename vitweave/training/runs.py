@@ -97,6 +97,7 @@ def build_trainer(
     callbacks=(),
     cache_features: str | Path | None = None,
     trainer_class: type[Trainer] = Trainer,
+    fusion_lr_scale: float = 1.0,
 ) -> Trainer:
     """The stock `Trainer` with a recipe's collator and metrics, our parameter groups, and the epoch told to the data.
 
@@ -107,9 +108,10 @@ def build_trainer(
         encoder_lr_scale: the encoder's learning rate as a multiple of `learning_rate`.
         cache_features: folder in which a frozen encoder's features are kept, so that it runs once per image.
         trainer_class: a `Trainer` that evaluates otherwise.
+        fusion_lr_scale: the learning rate of layer fusions as a multiple of `learning_rate`.
     """
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    groups = parameter_groups(model, args.learning_rate, args.weight_decay, encoder_lr_scale)
+    groups = parameter_groups(model, args.learning_rate, args.weight_decay, encoder_lr_scale, fusion_lr_scale)
     if not groups:
         raise ValueError("no parameter of the model requires a gradient; train the head, an adapter, or everything")
     train_dataset, eval_dataset = with_cached_features(model, train_dataset, eval_dataset, cache_features, args)
