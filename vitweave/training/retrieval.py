@@ -73,10 +73,8 @@ def train_retrieval(
         encoder_lr_scale, fusion_lr_scale: learning rates of the vision encoder and of the layer fusion as multiples of
             `learning_rate`.
         embedding_chunk_size: pairs whose activations are in memory at a time (`cached_gradients`); None is the batch.
-        cache_features: folder in which a frozen vision encoder's features are kept, so that every image runs through it
-            once.
-        arguments: fields of `TrainingArguments` (max_steps, num_train_epochs, learning_rate, seed, ...), which replace
-            the defaults of `run_arguments`.
+        cache_features: folder in which a frozen encoder's features are kept, so that every image runs through it once.
+        arguments: fields of `TrainingArguments`, which replace the defaults of `run_arguments`.
 
     Returns:
         train_loss of the steps taken by this call and, with an eval_dataset, the metrics of `evaluate_retrieval`.
