@@ -187,6 +187,7 @@ def one_run(
     )
     text = build_text_model(config)  # first: the same for all fusions
     vision = build_vision(encoder, name, options)
+    set_seed(seed)  # whatever the fusion has drawn: the projections are the same for all, too
     model = ImageTextRetrieverModel.from_encoders(
         vision, text, freeze_vision_encoder=True, projection_dim=options.projection_dim
     )
