@@ -95,7 +95,8 @@ def main() -> None:
     start_afresh(args.out)
 
     # 1. Figures with captions, longer descriptions for most; a tokenizer trained on the texts of the training figures
-    splits = ["train"], ["validation", "test"]  # both parts that are not trained on count; steps and sizes were chosen on them
+    # both parts that are not trained on are searched; steps and sizes were chosen while looking at them
+    splits = ["train"], ["validation", "test"]
     train, test = (RetrievalRecords.from_jsonl(FIGURES, where={"split": split}) for split in splits)
     if args.tiny:
         train.records, test.records = train.records[:24], test.records[:12]
