@@ -70,7 +70,9 @@ def main() -> dict[str, float]:
     # 1. Images and depth, every training image as it is and mirrored: the same in every epoch, so that it can be cached
     scale, offset = (1.0, 0.0) if args.tiny else (args.depth_scale, args.depth_offset)
     size = {"height": args.size[0], "width": args.size[1]}
-    processor = DepthImageProcessorPil(size=size, depth_scale=scale, depth_offset=offset)
+    # no map reaches twice the largest depth, unless it is in another unit: that ends in an error
+    known = {"depth_scale": scale, "depth_offset": offset, "depth_range": (0.0, 2 * args.max_depth)}
+    processor = DepthImageProcessorPil(size=size, **known)
     shapes = SyntheticDepth(32), SyntheticDepth(8, seed=1)
     train, val = shapes if args.tiny else (samples(args.data, part) for part in SPLITS)
     train, val = DepthDataset(MirroredSamples(train), processor), DepthDataset(val, processor)
