@@ -84,12 +84,14 @@ def check_rows(
     """Refuse a batch without texts, and inputs that have not one row per image or text."""
     if input_ids is None:
         raise ValueError("expected input_ids (texts, tokens), got none; get_image_features embeds images alone")
-    if must_pair and images != len(input_ids):
-        raise ValueError(f"expected as many images as texts, image i with text i, got {images} and {len(input_ids)}")
-    rows = (("patch_mask", patch_mask, images), ("caption_ids", caption_ids, len(input_ids)))
+    if must_pair and images != input_ids.shape[0]:
+        raise ValueError(
+            f"expected as many images as texts, image i with text i, got {images} and {input_ids.shape[0]}"
+        )
+    rows = (("patch_mask", patch_mask, images), ("caption_ids", caption_ids, input_ids.shape[0]))
     for name, given, expected in rows:
-        if given is not None and len(given) != expected:
-            raise ValueError(f"expected {expected} rows of {name}, one per sample, got {len(given)}")
+        if given is not None and given.shape[0] != expected:
+            raise ValueError(f"expected {expected} rows of {name}, one per sample, got {given.shape[0]}")
 
 
 def rows_of(value, start: int, end: int):

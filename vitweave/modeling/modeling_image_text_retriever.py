@@ -311,9 +311,9 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
                 are not as many images as texts (candidate labels for one image).
         """
         check_one(pixel_values, encoder_outputs)
-        images = len(encoder_outputs["pooled"] if pixel_values is None else pixel_values)
-        has_pairs = return_loss and images == len(input_ids)
+        images = (encoder_outputs["pooled"] if pixel_values is None else pixel_values).shape[0]
         check_rows(images, input_ids, patch_mask, caption_ids, must_pair=return_loss and self.training)
+        has_pairs = return_loss and images == input_ids.shape[0]
         if has_pairs and self.training and self.alignment is not None:
             check_alignment(self.alignment, sentence_ids)
         images, texts = self.embed_pairs(
