@@ -35,7 +35,7 @@ AUGMENTATION = SegmentationAugmentation(crop_size=32)
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     """Two samples of `tiny_model` in a shard."""
-    monkeypatch.setattr(feature_build, "SHARD_BYTES", 3 * 3200)
+    monkeypatch.setattr(feature_build, "SHARD_BYTES", 3 * 5200)
     CountingSegmenter.encoded = 0
 
 
@@ -127,7 +127,7 @@ def test_maps_that_are_views_of_tokens_come_back_as_such(tmp_path):
     model.__class__ = Views
     batch = cached(tmp_path, model).__getitems__([4, 1]).batch["encoder_outputs"]
     assert isinstance(batch["maps"], tuple) and batch["maps"][0].is_contiguous(memory_format=torch.channels_last)
-    assert batch["deep"]["mean"].shape == (2, 16)
+    assert batch["deep"]["mean"].shape == (2, 32)
 
 
 def test_a_warm_start_decodes_nothing(tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def test_any_model_with_encode_and_whole_number_labels(tmp_path):
     assert batch["labels"].tolist() == [1, 0] and batch["labels"].dtype == torch.int64
     expected = encoder(torch.stack([items[4]["pixel_values"], items[0]["pixel_values"]]))
     assert torch.equal(batch["encoder_outputs"]["class_tokens"][0], expected.cls[0])
-    assert features[0]["encoder_outputs"]["pooled"].shape == (16,)
+    assert features[0]["encoder_outputs"]["pooled"].shape == (32,)
 
 
 def mutations():
