@@ -24,6 +24,7 @@ from vitweave.hub.families import (
 )
 from vitweave.hub.flatten import flatten
 from vitweave.hub.verify_bundle import check_bundle, output_tensors, to_model, tolerance_of
+from vitweave.training.modes import evaluating
 
 PROCESSOR_FILE = "preprocessor_config.json"
 JOINT_PROCESSOR_FILE = "processor_config.json"
@@ -253,14 +254,8 @@ def _verify(
     model: PreTrainedModel, folder: Path, work: Path, family: Family, inputs: dict[str, torch.Tensor] | None
 ) -> None:
     inputs = inputs or random_inputs(model)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            expected = output_tensors(model(**to_model(inputs, model)))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model):
+        expected = output_tensors(model(**to_model(inputs, model)))
     auto_class, tolerance = auto_class_of(model, family), tolerance_of(model)
     check_bundle(folder, work, auto_class, family.package, inputs, expected, tolerance)
 

@@ -9,6 +9,7 @@ from vitweave.processing.sliding_window import sliding_window_logits
 from vitweave.training.depth_data import collate_depth
 from vitweave.training.depth_metrics import DepthMetrics, predicted_depth_at_labels
 from vitweave.training.depth_protocols import DepthProtocol, find_protocol
+from vitweave.training.modes import evaluating
 
 
 def predict_depth(
@@ -38,7 +39,6 @@ def predict_depth(
     return depth[:, 0]
 
 
-@torch.no_grad()
 def evaluate_depth(
     model,
     dataset,
@@ -74,18 +74,13 @@ def evaluate_depth(
             "its kind, or DEPTH_PROTOCOLS[name].variant(prediction=...)"
         )
     metrics = DepthMetrics(protocol)
-    modes = {module: module.training for module in model.modules()}
     if device is not None:
         model.to(device)
     weight = next(model.parameters())
-    model.eval()
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collate_depth)
-    try:
+    with evaluating(model):
         for batch in tqdm(loader, desc=protocol.name, disable=not progress):
             pixels = batch["pixel_values"].to(device=weight.device, dtype=weight.dtype)
             predicted = predict_depth(model, pixels, protocol.flip, window, stride)
             metrics.update(predicted_depth_at_labels(predicted, batch["labels"]), batch["labels"])
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return metrics.compute()

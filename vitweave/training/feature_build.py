@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from vitweave.training.feature_shards import shard_name, write_shard
+from vitweave.training.modes import evaluating
 from vitweave.training.parameter_groups import find_encoder
 
 SHARD_BYTES = 64 * 2**20  # what a kill can cost
@@ -49,18 +50,6 @@ def memory_order(leaf: Tensor) -> list[int]:
     out of the cache as one.
     """
     return [0, *sorted(range(1, leaf.ndim), key=lambda axis: -leaf.stride(axis))]
-
-
-@contextmanager
-def evaluating(model: nn.Module):
-    """Eval mode and no gradients; afterwards every module is in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            yield model.eval()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class IndexedItems(Dataset):

@@ -26,6 +26,7 @@ from vitweave.training.feature_shards import (
     read_keys,
     remove_orphans,
 )
+from vitweave.training.modes import modes_kept
 from vitweave.training.parameter_groups import find_encoder
 
 logger = logging.getLogger(__name__)
@@ -204,12 +205,9 @@ def is_adapter(module: nn.Module) -> bool:
 
 def in_train_mode(model: nn.Module, encoder: nn.Module) -> list[str]:
     """The modules of the encoder that `model.train()` switches to train mode; the model is left as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    found = [name for name, module in encoder.named_modules() if module.training]
-    for module, mode in modes.items():
-        module.training = mode
-    return found
+    with modes_kept(model):
+        model.train()
+        return [name for name, module in encoder.named_modules() if module.training]
 
 
 def acts_in_training(module: nn.Module) -> bool:

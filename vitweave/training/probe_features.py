@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from vitweave.modeling.vision_encoder import VisionEncoder, VisionFeatures
 from vitweave.training.classification_data import collate_classification
 from vitweave.training.feature_cache import FeatureCollator, cache_features
+from vitweave.training.modes import evaluating
 
 
 class FrozenEncoder(nn.Module):
@@ -167,15 +168,12 @@ def compute_features(
 @contextmanager
 def frozen(model: nn.Module):
     """No gradients and eval mode inside; behind it every module and parameter is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     try:
-        with torch.no_grad():
+        with evaluating(model):
             yield
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter in trained:
             parameter.requires_grad = True
 

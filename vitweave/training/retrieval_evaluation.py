@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vitweave.training.feature_cache import FeatureCollator
+from vitweave.training.modes import evaluating
 from vitweave.training.retrieval_data import RetrievalCollator, RetrievalDataset, text_id
 from vitweave.training.retrieval_metrics import retrieval_metrics, retrieval_ranks
 from vitweave.training.retrieval_ranking import CombinedRanking, GallerySide
@@ -70,19 +71,14 @@ def text_embeddings(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tens
     return F.normalize(getattr(features, "pooler_output", features), dim=-1), None, None
 
 
-@torch.no_grad()
 def embed_all(model: nn.Module, dataset: Dataset, collator, embed, batch_size: int, num_workers: int = 0) -> tuple:
     """`embed(model, batch)` of everything in `dataset`, joined on the CPU in float32."""
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     parts = []
-    try:
+    with evaluating(model):
         for batch in DataLoader(dataset, batch_size, collate_fn=collator, num_workers=num_workers):
             found = embed(model, send_to_device(batch, device))
             parts.append([None if one is None else one.cpu() for one in found])
-    finally:
-        model.train(was_training)
     return tuple(None if column[0] is None else join_padded(column) for column in zip(*parts, strict=True))
 
 

@@ -1,0 +1,24 @@
+"""The encoder fusions by name."""
+
+from collections.abc import Sequence
+
+from vitweave.configuration.encoder_fusion_plans import Grid
+from vitweave.modeling.encoder_fusion.base import EncoderFusion
+from vitweave.modeling.options import check_options, pick
+
+ENCODER_FUSIONS: dict[str, type[EncoderFusion]] = {}
+
+
+def build_encoder_fusion(
+    name: str,
+    in_channels: Sequence[int],
+    grids: Sequence[Grid],
+    hidden_size: int | None = None,
+    options: dict | None = None,
+) -> EncoderFusion:
+    """Build a fusion of encoders with these channels and grids; `options` are its constructor's arguments."""
+    fusion_class = pick(ENCODER_FUSIONS, name, "fusion_type")
+    options = options or {}
+    given = ("in_channels", "grids", "hidden_size")
+    check_options(fusion_class, options, given=given, owner=f"the encoder fusion {name!r}")
+    return fusion_class(in_channels, grids, hidden_size, **options)
