@@ -1,8 +1,8 @@
 """Replays stored reference vectors: what to build is chosen by each sidecar's `kind` and configuration.
 
 `VITWEAVE_REFERENCE_DIR` names a folder of `<topic>/vectors/*.json` with tensors in the `.safetensors` beside each; the
-default is the subset in tests/reference. The kinds of a topic are the `KINDS` of the modules `reference_*.py` beside this
-file, found by their name.
+default is the subset in tests/reference. The kinds of a topic are the `KINDS` of the modules `reference_*.py` beside
+this file, found by their name.
 """
 
 import json

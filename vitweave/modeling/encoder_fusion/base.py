@@ -28,7 +28,7 @@ class EncoderMaps:
 class EncoderFusion(nn.Module):
     """Maps of several encoders to one token sequence.
 
-    A fusion takes `(in_channels, grids, hidden_size, **its own options)`, where `in_channels` and `grids` have one entry
+    A fusion takes `(in_channels, grids, hidden_size, **its own options)`; `in_channels` and `grids` have one entry
     per encoder and `hidden_size` is the width of its output, None for the one that follows from its input. It maps
     `EncoderMaps` to tokens (batch, tokens, hidden). What comes out is known beforehand: `plan`.
 
