@@ -5,6 +5,7 @@
 
 A folder holds `train/` and `val/`, each with `rgb/` and `depth/`; or `rgb/` and `depth/` for all, with the names of
 each part in `train.txt` and `val.txt`. With `--mode frozen --cache_features FOLDER` every image is encoded once.
+`--layer_fusion concat --fusion_options '{"dense": true}'` fuses the layers first; the fusion then trains with the head.
 """
 
 import json
@@ -16,7 +17,8 @@ from transformers import HfArgumentParser, set_seed
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
-from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
+from vitweave.modeling.modeling_layer_fusion import LayerFusionBackbone
+from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone, SpecializedViTModel
 from vitweave.processing.image_processing_pil_depth import DepthImageProcessorPil
 from vitweave.training.depth import train_depth
 from vitweave.training.depth_data import DepthDataset, DepthFolderSamples
@@ -37,6 +39,8 @@ class Arguments:
     max_depth: float = field(default=10.0, metadata={"help": "metres the model can predict at most"})
     encoder: str = field(default="", metadata={"help": "a ViT to specialise (folder or id); empty: a small one anew"})
     layers: list[int] = field(default_factory=lambda: [3, 6, 9, 12], metadata={"help": "layers the head reads"})
+    layer_fusion: str = field(default="", metadata={"help": "fuse the layers to one map: concat, weighted_sum, ..."})
+    fusion_options: str = field(default="{}", metadata={"help": 'JSON; most fusions need {"dense": true}'})
     head: str = field(default="linear", metadata={"choices": ["linear", "dpt", "regression"]})
     head_options: str = field(default="{}", metadata={"help": 'JSON, e.g. {"use_batch_norm": true}'})
     mode: str = field(default="frozen", metadata={"help": "what is trained", "choices": ["frozen", "lora", "full"]})
@@ -85,12 +89,20 @@ def main() -> dict[str, float]:
         depth = max(args.layers)
         config = SpecializedViTConfig(**small, num_hidden_layers=depth, qkv_blocks="all", out_indices=args.layers)
         backbone = SpecializedViTBackbone(config)
+    head_options = json.loads(args.head_options)
+    if args.layer_fusion:
+        head_options = {"use_cls_token": False} | head_options  # a fused map has no class token beside it
+        encoder = SpecializedViTModel.from_vit(args.encoder) if args.encoder else SpecializedViTModel(config)
+        options = json.loads(args.fusion_options)
+        backbone = LayerFusionBackbone.from_encoder(
+            encoder, layers=args.layers, fusion_type=args.layer_fusion, fusion_options=options
+        )
 
     # 3. A depth head; train it alone, with LoRA on the [CLS] path, or everything
     model = DensePredictorForDepthEstimation.from_backbone(
         backbone,
         head_type=args.head,
-        head_options=json.loads(args.head_options),
+        head_options=head_options,
         max_depth=args.max_depth,
         losses={"sig": 1.0, "gradient": 0.5},
         loss_options={"sig": {"warm_up_steps": 100}},

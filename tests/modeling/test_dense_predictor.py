@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
@@ -369,3 +370,27 @@ def test_backbones_without_maps_are_refused():
         DensePredictorForSemanticSegmentation.from_backbone(backbone, num_labels=3, id2label={0: "a", 1: "b"})
     with pytest.raises(ValueError, match="no option 'droput'"):
         DensePredictorForSemanticSegmentation.from_backbone(backbone, num_labels=3, droput=0.1)
+
+
+def test_frozen_encoder_below_a_fusion_that_trains(tmp_path):
+    """freeze_backbone freezes what lies below the fusion; what is kept of the encoder gives the same logits."""
+    fusion = LayerFusionConfig(
+        encoder_config=BACKBONES["dinov2"], layers=[2, 3], fusion_type="concat", fusion_options={"dense": True}
+    )
+    config = DensePredictorConfig(backbone_config=fusion, num_labels=NUM_LABELS, freeze_backbone=True)
+    torch.manual_seed(0)
+    model = DensePredictorForSemanticSegmentation(config).train()
+    trained = {name.split(".")[1] for name, weight in model.named_parameters() if weight.requires_grad}
+    assert "encoder" not in trained and "fusion" in trained
+    assert not model.backbone.encoder.model.training and model.backbone.fusion.training
+    torch.nn.init.normal_(model.backbone.fusion.gamma_patch)
+    pixel_values, labels = torch.rand(2, 3, 48, 32), torch.randint(0, NUM_LABELS, (2, 48, 32))
+    kept = model.eval().encode(pixel_values)
+    online, cached = model(pixel_values, labels), model(encoder_outputs=kept, labels=labels)
+    assert torch.equal(online.logits, cached.logits)
+    cached.loss.backward()
+    assert all(weight.grad is not None for name, weight in model.named_parameters() if "fusion.gamma_patch" in name)
+    model.save_pretrained(tmp_path)
+    loaded = DensePredictorForSemanticSegmentation.from_pretrained(tmp_path)
+    assert not any(weight.requires_grad for weight in loaded.backbone.encoder.parameters())
+    assert torch.equal(loaded(encoder_outputs=loaded.encode(pixel_values), labels=labels).logits, cached.logits)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutput
 from transformers.utils.generic import can_return_tuple
@@ -23,6 +23,9 @@ EncoderOutputs = dict[str, tuple[Tensor, ...]]
 
 class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
     """The part under the head: the backbone, its maps, and whether it is frozen.
+
+    A backbone that fuses (layers of an encoder, or several encoders) has a `vision_encoder`: frozen is that alone, and
+    the fusion trains with the head.
 
     Args:
         backbone: taken as it is, weights and all; None builds one from `config.backbone_config`.
@@ -93,17 +96,27 @@ class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
         return loaded
 
     def freeze_backbone(self) -> None:
-        """Keep the backbone as it is: no gradients, no dropout, no updates of running statistics."""
+        """Keep the encoder as it is: no gradients, no dropout, no updates of running statistics."""
         self.config.freeze_backbone = True
-        self.backbone.requires_grad_(False)
-        self.backbone.eval()
+        self.vision_encoder.requires_grad_(False)
+        self.vision_encoder.eval()
 
     def train(self, mode: bool = True):
         super().train(mode)
-        # adapters put into a frozen backbone make it trainable, and with that train mode (their dropout) is wanted
-        if self.config.freeze_backbone and not any(weight.requires_grad for weight in self.backbone.parameters()):
-            self.backbone.eval()
+        # adapters put into a frozen encoder make it trainable, and with that train mode (their dropout) is wanted
+        if self.config.freeze_backbone and not any(weight.requires_grad for weight in self.vision_encoder.parameters()):
+            self.vision_encoder.eval()
         return self
+
+    @property
+    def vision_encoder(self) -> nn.Module:
+        """The backbone, or what lies below its fusion."""
+        return getattr(self.backbone, "vision_encoder", self.backbone)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the backbone fuses what its own `encode` returns."""
+        return hasattr(self.backbone, "encode")
 
     @property
     def reads_class_tokens(self) -> bool:
@@ -113,16 +126,16 @@ class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
     @property
     def encode_options(self) -> dict[str, bool]:
         """What `encode` depends on besides the backbone; cached features are known by it."""
-        return {"class_tokens": self.reads_class_tokens}
+        return {"class_tokens": self.reads_class_tokens} | (self.backbone.encode_options if self.fuses else {})
 
     def encode(self, pixel_values: Tensor) -> EncoderOutputs:
-        """What the head reads of the images, for `forward(encoder_outputs=...)`: the backbone need not run again.
+        """What is read of the encoder, for `forward(encoder_outputs=...)`: it need not run again.
 
         Returns:
             "feature_maps": (batch, channels_k, height_k, width_k) per layer; "class_tokens", only where the head reads
-            them: (batch, channels_k) per layer.
+            them: (batch, channels_k) per layer. Of a backbone that fuses, what its own `encode` returns.
         """
-        return self.run_backbone(pixel_values)[0]
+        return self.backbone.encode(pixel_values) if self.fuses else self.run_backbone(pixel_values)[0]
 
     def read(
         self, pixel_values: Tensor | None, encoder_outputs: EncoderOutputs | None, **kwargs
@@ -135,6 +148,8 @@ class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
             )
         if encoder_outputs is None:
             return self.run_backbone(pixel_values, **kwargs)
+        if self.fuses:
+            return {"feature_maps": self.backbone(encoder_outputs=encoder_outputs).feature_maps}, BackboneOutput()
         check_encoder_outputs(encoder_outputs, self.backbone.channels, self.reads_class_tokens)
         dtype = next(self.head.parameters()).dtype  # they may have been kept in half precision
         kept = {name: tuple(part.to(dtype) for part in parts) for name, parts in encoder_outputs.items()}

@@ -138,7 +138,9 @@ class LayerFusionTrunk(LayerFusionPreTrainedModel):
         """What the fusion reads of features that `encode` returned, and what it returns."""
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        tokens = decode_layers(encoder_outputs, self.fusion.needs)
+        dtype = next(self.fusion.parameters()).dtype  # they may have been kept in half precision
+        kept = {name: part.to(dtype) if part.is_floating_point() else part for name, part in encoder_outputs.items()}
+        tokens = decode_layers(kept, self.fusion.needs)
         return tokens, self.fusion(tokens, bool(output_attentions))
 
     def asks_for_states(self, output_hidden_states: bool | int | list[int] | None) -> bool:
@@ -236,23 +238,28 @@ class LayerFusionBackbone(BackboneMixin, LayerFusionTrunk):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         patch_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
+        encoder_outputs: EncodedImages | None = None,
         **kwargs,
     ) -> BackboneOutput:
-        """Encode images (batch, channels, height, width).
+        """Encode images (batch, channels, height, width), or fuse what `encode` returned for them.
 
         Returns:
             feature_maps, one per out index: (batch, channels, height_k, width_k); attentions of the fusion; on
             request hidden_states of the encoder.
         """
-        features, tokens, fused = self.fuse(pixel_values, patch_mask, output_attentions, output_hidden_states)
+        if encoder_outputs is None:
+            features, tokens, fused = self.fuse(pixel_values, patch_mask, output_attentions, output_hidden_states)
+            states = self.states_asked_for(features, output_hidden_states)
+        else:
+            (tokens, fused), states = self.fuse_encoded(encoder_outputs, output_attentions), None
         maps = fused.feature_maps or (tokens_to_map(fused.patches, tokens.grid).contiguous(),)
         return BackboneOutput(
             feature_maps=tuple(maps[self.stage_names.index(name)] for name in self.out_features),
-            hidden_states=self.states_asked_for(features, output_hidden_states),
+            hidden_states=states,
             attentions=None if fused.attentions is None else (fused.attentions,),
         )
 

@@ -160,7 +160,7 @@ def encoder_ingredients(model: nn.Module, processor=None, dtype: torch.dtype | N
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     modules = dict(encoder.named_modules())
     pretrained = {name: module for name, module in modules.items() if isinstance(module, PreTrainedModel)}
-    config = getattr(encoder, "config", None)
+    configs = [module.config for module in (encoder, *pretrained.values()) if hasattr(module, "config")]
     tensors = {
         **dict(encoder.named_parameters(remove_duplicate=False)),
         **dict(encoder.named_buffers(remove_duplicate=False)),
@@ -171,7 +171,7 @@ def encoder_ingredients(model: nn.Module, processor=None, dtype: torch.dtype | N
     return {
         "weights": tensors,
         "modules": {name: facts(module) for name, module in modules.items()},
-        "config": "" if config is None else json.dumps(settled(config.to_dict()), sort_keys=True, default=str),
+        "config": json.dumps([settled(one.to_dict()) for one in configs], sort_keys=True, default=str),
         "layers": repr([getattr(encoder, name, None) for name in ("layers", "out_indices", "out_features")]),
         "options": {**facts(base), "encode": repr(sorted(getattr(base, "encode_options", {}).items()))},
         "attention": {name: str(module.config._attn_implementation) for name, module in pretrained.items()},
