@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig, as_pair
+from vitweave.modeling.grid_matching import resample_positions
 
 
 class PatchEmbeddings(nn.Module):
@@ -46,25 +47,6 @@ def check_pixel_values(pixel_values: Tensor, num_channels: int | None, patch_siz
             f"the image of {height}x{width} pixels is smaller than one patch of {patch_size[0]}x{patch_size[1]};"
             " resize it first"
         )
-
-
-def interpolate_positions(table: Tensor, stored: tuple[int, int], grid: tuple[int, int], antialias: bool) -> Tensor:
-    """Resample a position table to another grid, bicubic, in float32 at least.
-
-    Args:
-        table: (1, stored height * stored width, hidden).
-
-    Returns:
-        (1, height * width, hidden) for grid = (height, width).
-    """
-    # while exporting, even asking whether the grids agree would tie the graph to the traced size
-    if not torch.compiler.is_exporting() and grid == stored:
-        return table
-    maps = table.unflatten(1, stored).permute(0, 3, 1, 2)
-    maps = F.interpolate(
-        maps.to(torch.promote_types(table.dtype, torch.float32)), size=grid, mode="bicubic", antialias=antialias
-    )
-    return maps.flatten(2).transpose(1, 2).to(table.dtype)
 
 
 class SpecializedViTEmbeddings(nn.Module):
@@ -112,7 +94,7 @@ class SpecializedViTEmbeddings(nn.Module):
         if self.position_embeddings is not None:
             prefix = self.num_position_prefix
             table = self.position_embeddings[:, prefix:]
-            patches = patches + interpolate_positions(table, self.stored_grid, grid, self.antialias)
+            patches = patches + resample_positions(table, grid, self.antialias, stored=self.stored_grid)
             if prefix:
                 cls_tokens = cls_tokens + self.position_embeddings[:, :prefix]
         prefix_tokens = [cls_tokens] if self.register_tokens is None else [cls_tokens, self.register_tokens]
