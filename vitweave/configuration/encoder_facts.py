@@ -1,7 +1,7 @@
 """What the config of a vision encoder says about its features: widths, grids, class tokens, layer by layer."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from transformers import PreTrainedConfig
@@ -236,17 +236,54 @@ ENCODER_FACTS: dict[str, Callable[[PreTrainedConfig], EncoderFacts]] = {
 }
 
 
+# The ViTs whose blocks and norms need no class token, so that it can be left out before the first block.
+CLASS_TOKEN_OPTIONAL = (
+    "clip_vision_model",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "internvl_vision",
+    "vit",
+    "vit_mae",
+    "vit_msn",
+)
+CLASS_TOKEN = ("keep", "drop_before")
+
+
 def vision_part(config: PreTrainedConfig) -> PreTrainedConfig:
     """The vision encoder's config in that of CLIP, SigLIP, SAM, InternVL ...; any other config is returned as it is."""
     return getattr(config, "vision_config", config)
 
 
-def encoder_facts(config: PreTrainedConfig) -> EncoderFacts:
-    """The facts of an encoder that are known from its config alone."""
+def encoder_facts(config: PreTrainedConfig, class_token: str = "keep") -> EncoderFacts:
+    """The facts of an encoder that are known from its config alone.
+
+    Args:
+        class_token: "keep", or "drop_before": it is left out before the first block (see `VisionEncoder`).
+    """
     config = vision_part(config)
+    check_class_token(config.model_type, class_token)
     if config.model_type not in ENCODER_FACTS:
         raise ValueError(
             f"expected a config of a known vision encoder, got the model_type {config.model_type!r};"
             f" known: {sorted(ENCODER_FACTS)}, and 'timm_wrapper' once its model is built"
         )
-    return ENCODER_FACTS[config.model_type](config)
+    facts = ENCODER_FACTS[config.model_type](config)
+    return facts if class_token == "keep" else without_class_token(facts)
+
+
+def without_class_token(facts: EncoderFacts) -> EncoderFacts:
+    """The facts of the same ViT without its class tokens; the pooled output is then the mean of the patches."""
+    return replace(facts, num_class_tokens=0, pooled_size=facts.hidden_sizes[-1])
+
+
+def check_class_token(model_type: str, class_token: str):
+    """Refuse an unknown way to treat the class token, and encoders that cannot do without theirs."""
+    if class_token not in CLASS_TOKEN:
+        raise ValueError(f"unknown class_token {class_token!r}; known: {list(CLASS_TOKEN)}")
+    if class_token == "drop_before" and model_type not in CLASS_TOKEN_OPTIONAL:
+        raise ValueError(
+            f'class_token="drop_before" is not there for {model_type!r}: the encoder has no class token, or its blocks'
+            f' need it; use class_token="keep" and read the patches only. Known: {list(CLASS_TOKEN_OPTIONAL)}'
+        )

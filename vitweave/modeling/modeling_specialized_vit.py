@@ -1,5 +1,6 @@
 """Specialised ViT: [CLS] and patch tokens own separate norms and early QKV projections (arXiv:2602.08626)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +127,7 @@ class SpecializedViTEncoder(SpecializedViTPreTrainedModel):
         attention_mask: Tensor | None = None,
         keep: tuple[int, ...] = (),
         stop_at: int | None = None,
+        inject: Callable[[int, Tensor], Tensor] | None = None,
         **kwargs,
     ) -> EncoderOutput:
         """Run the blocks.
@@ -136,6 +138,7 @@ class SpecializedViTEncoder(SpecializedViTPreTrainedModel):
             attention_mask: (batch, tokens), 1 or True = visible.
             keep: layers whose residual stream is returned in `kept`; 0 = embeddings, n = after block n.
             stop_at: number of blocks to run; None = all of them, and the class-attention layers.
+            inject: takes n and the residual stream after block n, and returns the one that goes on instead.
         """
         rotary, blocks_rotary = None, None
         if self.config.position_embedding_type == "rotary":
@@ -153,6 +156,8 @@ class SpecializedViTEncoder(SpecializedViTPreTrainedModel):
         states = {0: hidden_states} if 0 in keep else {}
         for depth, layer in enumerate(self.layer[:stop_at], start=1):
             hidden_states = layer(hidden_states, block_mask, blocks_rotary, grid=grid, **kwargs)
+            if inject is not None:
+                hidden_states = inject(depth, hidden_states)
             if depth in keep:
                 states[depth] = hidden_states
         for layer in self.class_layer if stop_at is None else ():

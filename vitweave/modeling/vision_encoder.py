@@ -1,19 +1,19 @@
 """Any vision model of transformers seen as `VisionFeatures`: class tokens, registers, patches of chosen layers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from vitweave.configuration.encoder_configs import resolve_config
-from vitweave.configuration.encoder_facts import EncoderFacts, vision_part
-from vitweave.modeling.own_models import build_model
+from vitweave.configuration.encoder_facts import EncoderFacts, check_class_token, vision_part
 from vitweave.modeling.tokens import split_prefix, tokens_to_map
-from vitweave.modeling.vision_families.base import VisionFamily
-from vitweave.modeling.vision_families.registry import VISION_FAMILIES
+from vitweave.modeling.vision_families.base import Inject, VisionFamily, unchanged
+from vitweave.modeling.vision_families.registry import PATCHES_ONLY_FAMILIES, VISION_FAMILIES
 from vitweave.modeling.vit_embeddings import check_pixel_values
 
 logger = logging.get_logger(__name__)
@@ -95,6 +95,9 @@ class VisionEncoder(nn.Module):
         final_norm: apply the model's final norm to every layer returned, on the tokens to which the model itself
             applies it (CLIP: the class token). In hierarchical models it fits the last layer only.
         keep_final: return `VisionFeatures.final`; the last layer must be among `layers`.
+        class_token: "drop_before" leaves the class token out before the first block, for ViTs whose blocks do not need
+            it (CLIP as in EAGLE and LLaVA-HR, whose patches are then other ones; its positions are resampled with
+            antialias, and no final norm is there for patches). Its own weights then get no gradient.
     """
 
     def __init__(
@@ -103,16 +106,16 @@ class VisionEncoder(nn.Module):
         layers: Sequence[int] = (-1,),
         final_norm: bool = True,
         keep_final: bool = False,
+        class_token: str = "keep",
     ):
         super().__init__()
         if isinstance(config_or_model, nn.Module):
             model = find_vision_model(config_or_model)
         else:
             config = vision_part(resolve_config(config_or_model, role="the encoder's config"))
-            family_of(config)  # an unknown kind is refused before it is built
-            model = build_model(config)
-        self.model = model
-        self.family = family_of(model.config)
+            model = family_of(config, class_token).build(config)  # an unknown kind is refused before it is built
+        self.model, self.class_token = model, class_token
+        self.family = family_of(model.config, class_token)
         self.facts: EncoderFacts = self.family.facts(model)
         self.layers = self.facts.resolve_layers(layers)
         self.final_norm, self.keep_final = final_norm, keep_final
@@ -125,12 +128,17 @@ class VisionEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | PathLike, layers: Sequence[int] = (-1,), final_norm: bool = True, **options
+        cls,
+        name: str | PathLike,
+        layers: Sequence[int] = (-1,),
+        final_norm: bool = True,
+        class_token: str = "keep",
+        **options,
     ) -> "VisionEncoder":
         """The vision model of a checkpoint (also of CLIP, SigLIP, SAM, InternVL); `options` go to `from_pretrained`."""
         config = AutoConfig.from_pretrained(name, **{key: options[key] for key in HUB_OPTIONS if key in options})
         part = vision_part(config)
-        family_of(part)
+        family_of(part, class_token)
         model, info = AutoModel.from_pretrained(name, config=part, output_loading_info=True, **options)
         missing = sorted(info["missing_keys"])
         if missing and part is not config:  # a tower that sits deeper in the checkpoint is loaded with its host
@@ -141,7 +149,7 @@ class VisionEncoder(nn.Module):
             logger.warning(f"{name} has no weights for {poolers}: `pooled` is untrained, the tokens are not affected.")
         elif missing:
             raise ValueError(f"expected {name} to hold a whole {config.model_type} encoder, but it lacks {missing}")
-        return cls(model, layers=layers, final_norm=final_norm)
+        return cls(model, layers=layers, final_norm=final_norm, class_token=class_token)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -165,16 +173,25 @@ class VisionEncoder(nn.Module):
         """The grid of each layer asked for, for an image of `height` x `width` pixels."""
         return tuple(self.facts.grid_for(height, width, layer) for layer in self.layers)
 
-    def forward(self, pixel_values: Tensor, all_layers: bool = False) -> VisionFeatures:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        all_layers: bool = False,
+        after: Mapping[int, Callable[[Tensor], Tensor]] | None = None,
+    ) -> VisionFeatures:
         """
         Args:
             pixel_values: (batch, channels, height, width), normalised as the model's own processor does it.
             all_layers: return every layer, not only those of `self.layers`.
+            after: what to inject between the blocks: `after[n]` takes the map (batch, hidden, height, width) of the
+                patches after block n and returns the one that goes on instead, which is also what layer n then is.
+                Class tokens and registers pass by. n = 1 .. the deepest layer asked for.
         """
         layers = tuple(range(self.facts.first_layer, self.num_layers + 1)) if all_layers else self.layers
         self.check(pixel_values)
         pixels = pixel_values.to(self.model.dtype)
-        states, pooled = self.family.run(self.model, self.facts, pixels, layers, self.final_norm)
+        inject = self.injection(after, pixels.shape[-2:], max(layers)) if after else unchanged
+        states, pooled = self.family.run(self.model, self.facts, pixels, layers, self.final_norm, inject)
         parts = [self.split(state, pixels.shape[-2:], layer) for state, layer in zip(states, layers, strict=True)]
         class_tokens, registers, patches, grids = zip(*parts, strict=True)
         final = None
@@ -196,6 +213,44 @@ class VisionEncoder(nn.Module):
                 f" {height}x{width}; resize it first"
             )
         self.family.check_size(self.model, height, width)
+
+    def injection(
+        self, after: Mapping[int, Callable[[Tensor], Tensor]], image_size: tuple[int, int], deepest: int
+    ) -> Inject:
+        """`after`, from maps to states as the family has them."""
+        if not self.family.takes_injections:
+            raise ValueError(
+                f"expected no `after` for {type(self.model).__name__}, whose blocks are run by its own code; inject"
+                " into another encoder"
+            )
+        wrong = sorted(layer for layer in after if not 1 <= layer <= deepest)
+        if wrong:
+            raise ValueError(
+                f"expected `after` for the blocks 1..{deepest}, where {deepest} is the deepest layer asked for, got"
+                f" {wrong}"
+            )
+
+        def inject(layer: int, state: Tensor) -> Tensor:
+            if layer not in after:
+                return state
+            if state.ndim == 4:
+                return self.injected(after[layer], state, layer)
+            prefix = self.facts.num_class_tokens + self.facts.num_registers
+            patches = tokens_to_map(state[:, prefix:], self.facts.grid_for(*image_size, layer))
+            patches = self.injected(after[layer], patches, layer).flatten(2).transpose(1, 2)
+            return torch.cat([state[:, :prefix], patches], dim=1) if prefix else patches
+
+        return inject
+
+    def injected(self, function: Callable[[Tensor], Tensor], patches: Tensor, layer: int) -> Tensor:
+        """What goes on instead of a map; another shape is refused."""
+        output = function(patches)
+        if output.shape != patches.shape:
+            raise ValueError(
+                f"expected after[{layer}] to return a map of the shape it was given, {tuple(patches.shape)}, got"
+                f" {tuple(output.shape)}"
+            )
+        return output
 
     def split(
         self, state: Tensor, image_size: tuple[int, int], layer: int
@@ -221,11 +276,12 @@ def find_vision_model(model: nn.Module) -> PreTrainedModel:
     )
 
 
-def family_of(config: PreTrainedConfig) -> VisionFamily:
+def family_of(config: PreTrainedConfig, class_token: str = "keep") -> VisionFamily:
     """How models of this config are run."""
     if config.model_type not in VISION_FAMILIES:
         raise ValueError(
             f"expected a config of a known vision encoder, got the model_type {config.model_type!r};"
             f" known: {sorted(VISION_FAMILIES)}; another one is a line in VISION_FAMILIES and in ENCODER_FACTS"
         )
-    return VISION_FAMILIES[config.model_type]
+    check_class_token(config.model_type, class_token)
+    return (VISION_FAMILIES if class_token == "keep" else PATCHES_ONLY_FAMILIES)[config.model_type]

@@ -4,17 +4,26 @@ A family reads few inner names of a native model (its embeddings, its list of bl
 each of them against the native outputs at the oldest and the newest supported transformers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from vitweave.configuration.encoder_facts import EncoderFacts, encoder_facts
+from vitweave.modeling.own_models import build_model
+
+Inject = Callable[[int, Tensor], Tensor]  # (layer, its state) -> the state that goes on instead
+
+
+def unchanged(layer: int, state: Tensor) -> Tensor:
+    """Nothing is injected."""
+    return state
 
 
 class VisionFamily:
     """A ViT: embeddings, blocks, final norm. The other families say what is different with them."""
 
+    takes_injections = True  # whether something can be injected between the blocks
     embeddings = "embeddings"
     blocks = "layers"
     final_norm: str | None = "layernorm"
@@ -23,6 +32,10 @@ class VisionFamily:
     def model_classes(self, config: PreTrainedConfig) -> type[PreTrainedModel] | tuple[type[PreTrainedModel], ...]:
         """The classes this family can run."""
         return MODEL_MAPPING.get(type(config), ())
+
+    def build(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """The model of a config, with random weights."""
+        return build_model(config)
 
     def facts(self, model: PreTrainedModel) -> EncoderFacts:
         return encoder_facts(model.config)
@@ -37,10 +50,11 @@ class VisionFamily:
         pixel_values: Tensor,
         layers: tuple[int, ...],
         final_norm: bool,
+        inject: Inject = unchanged,
     ) -> tuple[list[Tensor], Tensor | None]:
         """The layers asked for, (batch, tokens, hidden) or (batch, hidden, height, width), and the pooled output."""
         kept = {}
-        for layer, hidden_states in zip(range(max(layers) + 1), self.layers(model, pixel_values), strict=False):
+        for layer, hidden_states in zip(range(max(layers) + 1), self.layers(model, pixel_values, inject), strict=False):
             if layer in layers:
                 kept[layer] = hidden_states
         return self.finish(model, facts, [kept[layer] for layer in layers], layers, final_norm)
@@ -64,7 +78,7 @@ class VisionFamily:
             finished.append(hidden_states)
         return finished, pooled
 
-    def layers(self, model: PreTrainedModel, pixel_values: Tensor) -> Iterator[Tensor]:
+    def layers(self, model: PreTrainedModel, pixel_values: Tensor, inject: Inject = unchanged) -> Iterator[Tensor]:
         """Layer after layer, the embeddings first; a caller that stops asking stops the model.
 
         Yields (batch, tokens, hidden), or (batch, hidden, height, width) in families without leading tokens.
@@ -72,8 +86,8 @@ class VisionFamily:
         hidden_states = self.embed(model, pixel_values)
         yield hidden_states
         options = self.block_options(model, pixel_values)
-        for block in model.get_submodule(self.blocks):
-            hidden_states = block(hidden_states, **options)
+        for layer, block in enumerate(model.get_submodule(self.blocks), start=1):
+            hidden_states = inject(layer, block(hidden_states, **options))
             yield hidden_states
 
     def embed(self, model: PreTrainedModel, pixel_values: Tensor) -> Tensor:

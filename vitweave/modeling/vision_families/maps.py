@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitweave.modeling.tokens import tokens_to_map
-from vitweave.modeling.vision_families.base import MapFamily
+from vitweave.modeling.vision_families.base import MapFamily, unchanged
 
 
 class ConvNext(MapFamily):
@@ -37,21 +37,23 @@ class Segformer(MapFamily):
 
     blocks = "stages"
 
-    def layers(self, model, pixel_values):
+    def layers(self, model, pixel_values, inject=unchanged):
         hidden_states = pixel_values
         yield hidden_states
-        for stage in model.stages:
+        for layer, stage in enumerate(model.stages, start=1):
             hidden_states, height, width = stage.patch_embeddings(hidden_states)
             for block in stage.blocks:
                 hidden_states = block(hidden_states, height, width)
-            hidden_states = tokens_to_map(stage.layer_norm(hidden_states), (height, width))
+            hidden_states = inject(layer, tokens_to_map(stage.layer_norm(hidden_states), (height, width)))
             yield hidden_states
 
 
 class Swin(MapFamily):
     """Swin: layer n is stage n before it is merged to half the size, as in transformers' SwinBackbone."""
 
-    def layers(self, model, pixel_values):
+    takes_injections = False  # its stages merge what they hand on by themselves
+
+    def layers(self, model, pixel_values, inject=unchanged):
         hidden_states, grid = model.embeddings(pixel_values, interpolate_pos_encoding=True)
         yield self.as_map(hidden_states, grid)
         for stage in model.encoder.layers:
@@ -94,17 +96,19 @@ class Sam(MapFamily):
 
         return (SamVisionModel, SamVisionEncoder)  # as an encoder of its own, and as a part of SamModel
 
-    def layers(self, model, pixel_values):
+    def layers(self, model, pixel_values, inject=unchanged):
         encoder = getattr(model, "vision_encoder", model)
         hidden_states = encoder.patch_embed.projection(pixel_values)
         if encoder.pos_embed is not None:
             hidden_states = hidden_states + self.positions(encoder.pos_embed, hidden_states.shape[-2:])
         yield hidden_states
         hidden_states = hidden_states.movedim(1, -1)
-        for block in encoder.layers:
-            hidden_states = block(hidden_states)
-            yield hidden_states.movedim(-1, 1)
-        yield encoder.neck(hidden_states)
+        last = len(encoder.layers) + 1
+        for layer, block in enumerate(encoder.layers, start=1):
+            hidden_states = inject(layer, block(hidden_states).movedim(-1, 1))
+            yield hidden_states
+            hidden_states = hidden_states.movedim(1, -1)
+        yield inject(last, encoder.neck(hidden_states))
 
     def positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
         """The native model takes one image size only; other sizes get resized positions, as in its own descendants."""
@@ -117,9 +121,9 @@ class Sam(MapFamily):
 class MobileNetV2(MapFamily):
     """MobileNetV2: layer 0 is the stem, layer n block n, and the last one the 1x1 convolution behind the blocks."""
 
-    def layers(self, model, pixel_values):
+    def layers(self, model, pixel_values, inject=unchanged):
         hidden_states = model.conv_stem(pixel_values)
         yield hidden_states
-        for block in (*model.layer, model.conv_1x1):
-            hidden_states = block(hidden_states)
+        for layer, block in enumerate((*model.layer, model.conv_1x1), start=1):
+            hidden_states = inject(layer, block(hidden_states))
             yield hidden_states

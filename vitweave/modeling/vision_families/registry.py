@@ -2,6 +2,13 @@
 
 from vitweave.modeling.vision_families.base import VisionFamily
 from vitweave.modeling.vision_families.maps import ConvNext, Dinov3ConvNext, MobileNetV2, Sam, Segformer, Swin, Swinv2
+from vitweave.modeling.vision_families.patches_only import (
+    ClipPatches,
+    Dinov2Patches,
+    Dinov3Patches,
+    MaePatches,
+    ResizedViTPatches,
+)
 from vitweave.modeling.vision_families.specialized import Specialized
 from vitweave.modeling.vision_families.timm_models import Timm
 from vitweave.modeling.vision_families.vit import (
@@ -42,4 +49,17 @@ VISION_FAMILIES: dict[str, VisionFamily] = {
     "vit": ResizedViT(),
     "vit_mae": Mae(),
     "vit_msn": ResizedViT(),
+}
+
+# Run without their class token, for `class_token="drop_before"`; the same types as in `CLASS_TOKEN_OPTIONAL`.
+PATCHES_ONLY_FAMILIES: dict[str, VisionFamily] = {
+    "clip_vision_model": ClipPatches(),
+    "deit": ResizedViTPatches(),
+    "dinov2": Dinov2Patches(),
+    "dinov2_with_registers": Dinov2Patches(),
+    "dinov3_vit": Dinov3Patches(),
+    "internvl_vision": Dinov2Patches(),
+    "vit": ResizedViTPatches(),
+    "vit_mae": MaePatches(),
+    "vit_msn": ResizedViTPatches(),
 }

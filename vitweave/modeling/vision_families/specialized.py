@@ -4,7 +4,7 @@ import torch
 
 from vitweave.modeling.own_models import OWN_MODELS
 from vitweave.modeling.tokens import by_role
-from vitweave.modeling.vision_families.base import VisionFamily
+from vitweave.modeling.vision_families.base import VisionFamily, unchanged
 
 
 class Specialized(VisionFamily):
@@ -13,11 +13,13 @@ class Specialized(VisionFamily):
     def model_classes(self, config):
         return OWN_MODELS[config.model_type]()["model"]
 
-    def run(self, model, facts, pixel_values, layers, final_norm):
+    def run(self, model, facts, pixel_values, layers, final_norm, inject=unchanged):
         hidden_states, grid = model.embed(pixel_values)
         last = facts.num_layers
         keep = tuple(layer for layer in layers if layer != last)
-        outputs = model.encoder(hidden_states, grid, keep=keep, stop_at=None if last in layers else max(layers))
+        stop_at = None if last in layers else max(layers)
+        inject = None if inject is unchanged else inject
+        outputs = model.encoder(hidden_states, grid, keep=keep, stop_at=stop_at, inject=inject)
         kept = {**dict(zip(keep, outputs.kept, strict=True)), last: outputs.last_hidden_state}
         return self.finish(model, facts, [kept[layer] for layer in layers], layers, final_norm)
 

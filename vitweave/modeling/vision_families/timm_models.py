@@ -3,7 +3,7 @@
 import torch
 
 from vitweave.configuration.encoder_facts import EncoderFacts, ceil_reduction, floor_reduction
-from vitweave.modeling.vision_families.base import VisionFamily
+from vitweave.modeling.vision_families.base import VisionFamily, unchanged
 
 
 class Timm(VisionFamily):
@@ -11,6 +11,8 @@ class Timm(VisionFamily):
 
     What the final norm acts on is timm's choice as well: every layer of a ViT, the last stage of most others.
     """
+
+    takes_injections = False  # timm runs the blocks
 
     def facts(self, model):
         """Known from the built model only. Grids are exact for image sizes that the strides divide."""
@@ -47,7 +49,7 @@ class Timm(VisionFamily):
                 " for a ViT, model_args={'dynamic_img_size': True}"
             )
 
-    def run(self, model, facts, pixel_values, layers, final_norm):
+    def run(self, model, facts, pixel_values, layers, final_norm, inject=unchanged):
         in_order = sorted(layers)
         reaches_end = facts.num_layers in layers
         has_prefix = facts.num_class_tokens + facts.num_registers > 0
