@@ -47,7 +47,7 @@ def load_encoder(name: str):
     model, info = AutoModel.from_pretrained(name, output_loading_info=True)
     if any(key.startswith("pooler.") for key in info["missing_keys"]):
         model.pooler = None
-    return find_vision_model(model)
+    return find_vision_model(getattr(model, "vision_encoder", model))  # of a layer fusion the encoder below it
 
 
 def figure_processor(name: str, encoder, size: int | None):

@@ -29,6 +29,17 @@ def ceil_reduction(stride: int | Sequence[int]) -> Reduction:
 KEEP = Reduction((1, 1), (1, 1), (0, 0))
 
 
+def in_one(reductions: Sequence[Reduction]) -> Reduction:
+    """The one reduction that several in a row amount to."""
+    kernel, stride, padding = [1, 1], [1, 1], [0, 0]
+    for reduction in reductions:
+        for axis in (0, 1):
+            kernel[axis] += stride[axis] * (reduction.kernel[axis] - 1)
+            padding[axis] += stride[axis] * reduction.padding[axis]
+            stride[axis] *= reduction.stride[axis]
+    return Reduction(as_pair(kernel), as_pair(stride), as_pair(padding))
+
+
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """A size that may be one number or (height, width), as (height, width)."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -97,6 +108,26 @@ class EncoderFacts:
         if len(set(resolved)) != len(resolved):
             raise ValueError(f"expected every layer once, got {list(layers)}, which are the layers {list(resolved)}")
         return resolved
+
+
+@dataclass(frozen=True)
+class PatchBudgetFacts(EncoderFacts):
+    """Of an encoder that resizes every image so that it has as many whole patches as allowed (arXiv:2210.03347).
+
+    The aspect is kept; the stride counts pixels of the resized image.
+
+    Args:
+        max_patches: the largest number of patches.
+    """
+
+    max_patches: int = 2048
+
+    def grid_for(self, height: int, width: int, layer: int = -1) -> tuple[int, int]:
+        patch_height, patch_width = self.strides[0]
+        # in this order the rounding is that of the native processor
+        scale = (self.max_patches * (patch_height / height) * (patch_width / width)) ** 0.5
+        rows, columns = int(scale * height / patch_height), int(scale * width / patch_width)
+        return max(min(rows, self.max_patches), 1), max(min(columns, self.max_patches), 1)
 
 
 def _plain_vit(config: PreTrainedConfig, num_class_tokens: int = 1, num_registers: int = 0) -> EncoderFacts:
@@ -209,6 +240,60 @@ def _mobilenet_v2(config: PreTrainedConfig) -> EncoderFacts:
     )
 
 
+def _pix2struct(config: PreTrainedConfig) -> EncoderFacts:
+    num_channels, patch_values = 3, config.patch_embed_hidden_size
+    side = round((patch_values / num_channels) ** 0.5)
+    if num_channels * side**2 != patch_values:
+        raise ValueError(
+            f"expected patch_embed_hidden_size = {num_channels} channels x side x side, e.g. 768 for patches of 16x16"
+            f" pixels, got {patch_values}"
+        )
+    depth = config.num_hidden_layers
+    return PatchBudgetFacts(
+        hidden_sizes=(config.hidden_size,) * (depth + 1),
+        reductions=(floor_reduction(side), *[KEEP] * depth),
+        num_channels=num_channels,
+        pooled_size=config.hidden_size,
+        max_patches=getattr(config, "max_patches", 2048),  # natively an option of the processor
+    )
+
+
+def _layer_fusion_vision(config: PreTrainedConfig) -> EncoderFacts:
+    return layer_fusion_facts(encoder_facts(config.encoder_config))
+
+
+def layer_fusion_facts(encoder: EncoderFacts) -> EncoderFacts:
+    """The facts of a layer fusion, from those of the encoder whose layers it fuses: its output is its one layer."""
+    hidden_size = encoder.hidden_sizes[-1]
+    return replace(
+        encoder,
+        hidden_sizes=(hidden_size, hidden_size),
+        reductions=(KEEP, in_one(encoder.reductions)),
+        pooled_size=hidden_size,
+        first_layer=1,
+    )
+
+
+def _multi_encoder_vision(config: PreTrainedConfig) -> EncoderFacts:
+    """Of several encoders fused on one grid, for images of the size that the config names."""
+    if config.fused_grid is None:
+        raise ValueError(
+            f"expected a fusion of encoders that keeps a grid, got {config.fusion_type!r}, whose {config.num_tokens}"
+            ' tokens have none; "channel_concat" and "add", for instance, keep one'
+        )
+    kernel, stride = [], []
+    for size, cells in zip(as_pair(config.image_size), config.fused_grid, strict=True):
+        stride.append(max(size // cells, 1))
+        kernel.append(size - stride[-1] * (cells - 1))  # so that the grid is met also where it does not divide the size
+    return EncoderFacts(
+        hidden_sizes=(config.fused_size, config.fused_size),
+        reductions=(KEEP, Reduction(as_pair(kernel), as_pair(stride), (0, 0))),
+        num_channels=getattr(config, "num_channels", 3),
+        pooled_size=config.fused_size,
+        first_layer=1,
+    )
+
+
 ENCODER_FACTS: dict[str, Callable[[PreTrainedConfig], EncoderFacts]] = {
     "beit": _plain_vit,
     "clip_vision_model": _plain_vit,
@@ -221,7 +306,10 @@ ENCODER_FACTS: dict[str, Callable[[PreTrainedConfig], EncoderFacts]] = {
     "dinov3_vit": _with_registers,
     "ijepa": _without_class_token,
     "internvl_vision": _plain_vit,
+    "layer_fusion_vision": _layer_fusion_vision,
     "mobilenet_v2": _mobilenet_v2,
+    "multi_encoder_vision": _multi_encoder_vision,
+    "pix2struct_vision_model": _pix2struct,
     "radio": _radio,
     "sam_vision_model": _sam,
     "segformer": _segformer,

@@ -34,7 +34,8 @@ from vitweave.modeling.text_encoder import (
     text_hash,
 )
 from vitweave.modeling.tile_alignment import TileAlignment, check_alignment, count_sentences
-from vitweave.modeling.vision_tower import VisionTower, find_tower
+from vitweave.modeling.vision_encoder import find_vision_model
+from vitweave.modeling.vision_tower import VisionTower
 
 LARGEST_SCALE = 100.0  # CLIP's limit of the factor on cosines
 
@@ -104,7 +105,7 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
             options: other fields of `ImageTextRetrieverConfig`.
         """
         check_text_model(text_model)
-        vision_model = find_tower(vision_model)
+        vision_model = find_vision_model(vision_model)
         config = ImageTextRetrieverConfig(
             vision_config=vision_model.config,
             text_config=text_model.config,

@@ -265,7 +265,10 @@ class VisionEncoder(nn.Module):
 
 
 def find_vision_model(model: nn.Module) -> PreTrainedModel:
-    """The first part of `model` that is a known vision model: of a classifier its base, of CLIP its vision tower."""
+    """The outermost part of `model` that is a known vision model: of a classifier its base, of CLIP its vision tower.
+
+    A layer fusion and a tower of several encoders are such models, and found before the encoders in them.
+    """
     for part in model.modules():
         family = VISION_FAMILIES.get(part.config.model_type) if isinstance(part, PreTrainedModel) else None
         if family is not None and isinstance(part, family.model_classes(part.config)):

@@ -8,10 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitweave.modeling.encoded_images import EncodedImages, check_encoded, encode_features, grid_of, read_layers
-from vitweave.modeling.own_models import OWN_MODELS
 from vitweave.modeling.tile_alignment import resized_mask
 from vitweave.modeling.tokens import tokens_to_map
-from vitweave.modeling.vision_encoder import VisionEncoder, find_vision_model
+from vitweave.modeling.vision_encoder import VisionEncoder
 
 LAYER_FUSION = "layer_fusion_vision"
 
@@ -165,11 +164,3 @@ class VisionTower:
             pooled, patches, maps = fused.pooled, fused.patches, fused.feature_maps
         patches = encoded.get("base_patches") if patches is None else patches
         return self.output(pooled, encoded["prefix"], patches, maps, grid_of(encoded), encoded.get("patch_mask"))
-
-
-def find_tower(model: PreTrainedModel) -> PreTrainedModel:
-    """The layer fusion or vision model in `model`: of a classifier its base, of CLIP its vision part."""
-    for part in model.modules():
-        if isinstance(part, OWN_MODELS[LAYER_FUSION]()["model"]):
-            return part
-    return find_vision_model(model)

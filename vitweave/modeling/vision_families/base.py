@@ -6,7 +6,7 @@ each of them against the native outputs at the oldest and the newest supported t
 
 from collections.abc import Callable, Iterator
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from vitweave.configuration.encoder_facts import EncoderFacts, encoder_facts
@@ -87,8 +87,11 @@ class VisionFamily:
         yield hidden_states
         options = self.block_options(model, pixel_values)
         for layer, block in enumerate(model.get_submodule(self.blocks), start=1):
-            hidden_states = inject(layer, block(hidden_states, **options))
+            hidden_states = inject(layer, self.run_block(block, hidden_states, options))
             yield hidden_states
+
+    def run_block(self, block: nn.Module, hidden_states: Tensor, options: dict) -> Tensor:
+        return block(hidden_states, **options)
 
     def embed(self, model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
         return model.get_submodule(self.embeddings)(pixel_values)

@@ -1,6 +1,7 @@
 """The family of each model type; adding one is a line here and, for its facts, a line in `ENCODER_FACTS`."""
 
 from vitweave.modeling.vision_families.base import VisionFamily
+from vitweave.modeling.vision_families.composites import LayerFused, MultiEncoder
 from vitweave.modeling.vision_families.maps import ConvNext, Dinov3ConvNext, MobileNetV2, Sam, Segformer, Swin, Swinv2
 from vitweave.modeling.vision_families.patches_only import (
     ClipPatches,
@@ -9,6 +10,7 @@ from vitweave.modeling.vision_families.patches_only import (
     MaePatches,
     ResizedViTPatches,
 )
+from vitweave.modeling.vision_families.pix2struct import Pix2Struct
 from vitweave.modeling.vision_families.specialized import Specialized
 from vitweave.modeling.vision_families.timm_models import Timm
 from vitweave.modeling.vision_families.vit import (
@@ -36,7 +38,10 @@ VISION_FAMILIES: dict[str, VisionFamily] = {
     "dinov3_vit": Dinov3(),
     "ijepa": PatchMean(),
     "internvl_vision": Dinov2(),
+    "layer_fusion_vision": LayerFused(),
     "mobilenet_v2": MobileNetV2(),
+    "multi_encoder_vision": MultiEncoder(),
+    "pix2struct_vision_model": Pix2Struct(),
     "radio": Radio(),
     "sam_vision_model": Sam(),
     "segformer": Segformer(),

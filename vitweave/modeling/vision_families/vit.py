@@ -1,6 +1,7 @@
 """ViTs: sequences of class tokens, registers and patches of one width."""
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from vitweave.modeling.vision_families.base import VisionFamily
@@ -82,14 +83,18 @@ class Siglip2(Siglip):
         embeddings = model.embeddings
         size = embeddings.patch_size
         grid = pixel_values.shape[-2] // size, pixel_values.shape[-1] // size
-        patches = pixel_values[..., : grid[0] * size, : grid[1] * size]
-        patches = patches.unflatten(-2, (grid[0], size)).unflatten(-1, (grid[1], size))
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (batch, patches, size * size * channels)
+        patches = cut_patches(pixel_values[..., : grid[0] * size, : grid[1] * size], grid, size)
         side = embeddings.position_embedding_size
         table = embeddings.position_embedding.weight.unflatten(0, (side, side)).permute(2, 0, 1)[None]
         # float32, because resizing with antialias knows no half precision on CPU
         table = F.interpolate(table.float(), size=grid, mode="bilinear", align_corners=False, antialias=True)
         return embeddings.patch_embedding(patches) + table.flatten(2).transpose(1, 2).to(patches.dtype)
+
+
+def cut_patches(pixel_values: Tensor, grid: tuple[int, int], size: int) -> Tensor:
+    """(batch, channels, height, width), whole patches -> (batch, patches, size * size * channels), channels fastest."""
+    patches = pixel_values.unflatten(-2, (grid[0], size)).unflatten(-1, (grid[1], size))
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 class Mae(VisionFamily):
