@@ -4,9 +4,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vitweave.configuration.encoder_facts import EncoderFacts, encoder_facts
+from vitweave.modeling.grid_matching import resample_positions
 from vitweave.modeling.vision_families.base import VisionFamily
 from vitweave.modeling.vision_families.vit import Clip, Dinov2, Dinov3, Mae, ResizedViT
-from vitweave.modeling.vit_embeddings import interpolate_positions
 
 
 class PatchesOnly(VisionFamily):
@@ -51,9 +51,8 @@ class ClipPatches(PatchesOnly, Clip):
     def embed(self, model, pixel_values):
         embeddings = model.embeddings
         patches = embeddings.patch_embedding(pixel_values)  # (batch, hidden, height, width)
-        side = model.config.image_size // model.config.patch_size
         positions = embeddings.position_embedding.weight[None, 1:]  # the first row is the class token's
-        positions = interpolate_positions(positions, (side, side), patches.shape[-2:], antialias=True)
+        positions = resample_positions(positions, patches.shape[-2:], antialias=True)
         return model.pre_layrnorm(patches.flatten(2).transpose(1, 2) + positions)
 
     def norm(self, model, hidden_states):
