@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_encoders import CASES, FIXED_SIZE, MAPS, VIT, build, images
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -17,64 +18,13 @@ from transformers import (
 )
 
 from vitweave.configuration.configuration_base import VitweaveConfig
-from vitweave.configuration.encoder_configs import resolve_config
 from vitweave.configuration.encoder_facts import encoder_facts
-from vitweave.modeling.own_models import build_model
 from vitweave.modeling.pretrained import VitweavePreTrainedModel
 from vitweave.modeling.vision_encoder import VisionEncoder
+from vitweave.modeling.vision_families.pix2struct import standardised
 from vitweave.modeling.vision_families.registry import VISION_FAMILIES
+from vitweave.modeling.vision_families.vit import cut_patches
 
-PLAIN = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-VIT = {**PLAIN, "intermediate_size": 48}
-DINO = {**PLAIN, "mlp_ratio": 2}
-CONV = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
-SWIN = {
-    "embed_dim": 16,
-    "depths": [2, 2, 1],
-    "num_heads": [2, 2, 2],
-    "window_size": 4,
-    "image_size": 64,
-    "patch_size": 4,
-}
-
-CASES = {
-    "beit": {**VIT, "use_relative_position_bias": True, "use_mean_pooling": False, "layer_scale_init_value": 0.5},
-    "beit-shared": {**VIT, "use_shared_relative_position_bias": True, "use_mean_pooling": True},
-    "clip_vision_model": VIT,
-    "convnext": CONV,
-    "convnextv2": CONV,
-    "deit": VIT,
-    "dinov2": DINO,
-    "dinov2_with_registers": {**DINO, "num_register_tokens": 2},
-    "dinov3_convnext": CONV,
-    "dinov3_vit": {**VIT, "num_register_tokens": 2},
-    "ijepa": VIT,
-    "internvl_vision": {**VIT, "image_size": (32, 32), "patch_size": (8, 8)},
-    "mobilenet_v2": {"depth_multiplier": 0.35},
-    "radio": {
-        **PLAIN,
-        "mlp_ratio": 2.0,
-        "max_img_size": 64,
-        "num_cls_tokens": 3,
-        "num_registers": 2,
-        "summary_idxs": [0, 2],
-    },
-    "sam_vision_model": {**VIT, "window_size": 2, "global_attn_indexes": [1], "output_channels": 16},
-    "segformer": {**CONV, "num_attention_heads": [1, 1, 1, 1], "sr_ratios": [4, 2, 1, 1]},
-    "siglip2_vision_model": {**VIT, "num_patches": 16},
-    "siglip_vision_model": VIT,
-    "specialized_vit": {**PLAIN, "num_register_tokens": 2},
-    "specialized_vit-clip": {**PLAIN, "pre_norm": True, "final_norm": "pooled", "specialize_final_norm": True},
-    "specialized_vit-mean": {**PLAIN, "num_cls_tokens": 2, "pooling": "mean", "final_norm": "pooled"},
-    "specialized_vit-cait": {**PLAIN, "class_attention_layers": 1, "norm_blocks": [], "qkv_blocks": []},
-    "swin": SWIN,
-    "swinv2": SWIN,
-    "vit": VIT,
-    "vit_mae": {**VIT, "mask_ratio": 0.0},
-    "vit_msn": VIT,
-}
-MAPS = ("convnext", "convnextv2", "dinov3_convnext", "mobilenet_v2", "sam_vision_model", "segformer", "swin", "swinv2")
-FIXED_SIZE = {"sam_vision_model": (32, 32)}  # the native model takes no other
 every_case = pytest.mark.parametrize("name", sorted(CASES))
 
 
@@ -88,20 +38,6 @@ def mostly_slow(names: list[str], fast: tuple[str, ...]) -> pytest.MarkDecorator
 some_fast = mostly_slow(sorted(CASES), fast=("clip_vision_model", "radio", "segformer", "specialized_vit", "swin"))
 
 
-def build(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = build_model(resolve_config({"model_type": name.split("-")[0], **CASES[name]})).eval()
-    for parameter in model.parameters():  # larger than the usual start, so that every part shows in the output
-        nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else nn.init.normal_(parameter, mean=1.0, std=0.2)
-    return model
-
-
-def images(name: str, batch: int = 2, size: tuple[int, int] | None = None) -> torch.Tensor:
-    """Oblong ones, unless the native model refuses them."""
-    height, width = FIXED_SIZE.get(name, size or ((64, 96) if name in MAPS else (32, 48)))
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
 def native_outputs(name: str, model: PreTrainedModel, pixel_values: torch.Tensor):
     options = {"output_hidden_states": True}
     if name in ("vit", "deit", "ijepa", "vit_msn", "clip_vision_model", "siglip_vision_model", "vit_mae"):
@@ -112,6 +48,12 @@ def native_outputs(name: str, model: PreTrainedModel, pixel_values: torch.Tensor
     if name.startswith("swin"):
         model.config.output_hidden_states = True
         options["output_hidden_states"] = True
+    if name == "pix2struct_vision_model":
+        grid = encoder_facts(model.config).grid_for(*pixel_values.shape[-2:])
+        assert grid == (pixel_values.shape[-2] // 8, pixel_values.shape[-1] // 8)  # nothing to resize
+        patches = cut_patches(standardised(pixel_values), grid, 8)
+        places = torch.cartesian_prod(*[torch.arange(1.0, side + 1) for side in grid])
+        pixel_values = torch.cat([places.expand(len(patches), -1, -1), patches], dim=2)
     if name == "siglip2_vision_model":
         batch, channels, height, width = pixel_values.shape
         patches = pixel_values.reshape(batch, channels, height // 8, 8, width // 8, 8).permute(0, 2, 4, 3, 5, 1)
@@ -148,7 +90,8 @@ def native_layers(name: str, outputs) -> dict[int, torch.Tensor]:
 
 
 def test_every_family_is_tested():
-    assert {name.split("-")[0] for name in CASES} | {"timm_wrapper"} == set(VISION_FAMILIES)
+    elsewhere = {"timm_wrapper", "layer_fusion_vision", "multi_encoder_vision"}
+    assert {name.split("-")[0] for name in CASES} | elsewhere == set(VISION_FAMILIES)
 
 
 @every_case

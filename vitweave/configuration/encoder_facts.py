@@ -2,47 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
-
-class Reduction(NamedTuple):
-    """How one layer shrinks the grid, written as the convolution that would do it; each entry is (height, width)."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-
-
-def floor_reduction(stride: int | Sequence[int]) -> Reduction:
-    """Non-overlapping patches; pixels that fill no whole patch are left out, as a convolution does."""
-    pair = as_pair(stride)
-    return Reduction(pair, pair, (0, 0))
-
-
-def ceil_reduction(stride: int | Sequence[int]) -> Reduction:
-    """The image is padded up to whole patches."""
-    return Reduction((3, 3), as_pair(stride), (1, 1))
-
-
-KEEP = Reduction((1, 1), (1, 1), (0, 0))
-
-
-def in_one(reductions: Sequence[Reduction]) -> Reduction:
-    """The one reduction that several in a row amount to."""
-    kernel, stride, padding = [1, 1], [1, 1], [0, 0]
-    for reduction in reductions:
-        for axis in (0, 1):
-            kernel[axis] += stride[axis] * (reduction.kernel[axis] - 1)
-            padding[axis] += stride[axis] * reduction.padding[axis]
-            stride[axis] *= reduction.stride[axis]
-    return Reduction(as_pair(kernel), as_pair(stride), as_pair(padding))
-
-
-def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """A size that may be one number or (height, width), as (height, width)."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+from vitweave.configuration.encoder_fusion_plans import FusionPlan
+from vitweave.configuration.reductions import KEEP, Reduction, as_pair, ceil_reduction, floor_reduction, in_one
 
 
 @dataclass(frozen=True)
@@ -123,11 +87,29 @@ class PatchBudgetFacts(EncoderFacts):
     max_patches: int = 2048
 
     def grid_for(self, height: int, width: int, layer: int = -1) -> tuple[int, int]:
-        patch_height, patch_width = self.strides[0]
+        patch_height, patch_width = self.strides[-1]
         # in this order the rounding is that of the native processor
         scale = (self.max_patches * (patch_height / height) * (patch_width / width)) ** 0.5
         rows, columns = int(scale * height / patch_height), int(scale * width / patch_width)
         return max(min(rows, self.max_patches), 1), max(min(columns, self.max_patches), 1)
+
+
+@dataclass(frozen=True)
+class TowerFacts(EncoderFacts):
+    """Of several encoders on one grid: whether it grows with the image depends on which of them follow its size.
+
+    Args:
+        image_size: (height, width) the tower is made for.
+        grid: (height, width) of its tokens at that size.
+        plan_for: from another size to the `FusionPlan` at that size.
+    """
+
+    image_size: tuple[int, int] = (1, 1)
+    grid: tuple[int, int] = (1, 1)
+    plan_for: Callable[[tuple[int, int]], FusionPlan] | None = None
+
+    def grid_for(self, height: int, width: int, layer: int = -1) -> tuple[int, int]:
+        return self.grid if (height, width) == self.image_size else self.plan_for((height, width)).grid
 
 
 def _plain_vit(config: PreTrainedConfig, num_class_tokens: int = 1, num_registers: int = 0) -> EncoderFacts:
@@ -275,22 +257,22 @@ def layer_fusion_facts(encoder: EncoderFacts) -> EncoderFacts:
 
 
 def _multi_encoder_vision(config: PreTrainedConfig) -> EncoderFacts:
-    """Of several encoders fused on one grid, for images of the size that the config names."""
     if config.fused_grid is None:
         raise ValueError(
             f"expected a fusion of encoders that keeps a grid, got {config.fusion_type!r}, whose {config.num_tokens}"
             ' tokens have none; "channel_concat" and "add", for instance, keep one'
         )
-    kernel, stride = [], []
-    for size, cells in zip(as_pair(config.image_size), config.fused_grid, strict=True):
-        stride.append(max(size // cells, 1))
-        kernel.append(size - stride[-1] * (cells - 1))  # so that the grid is met also where it does not divide the size
-    return EncoderFacts(
+    height, width = as_pair(config.image_size)
+    stride = max(height // config.fused_grid[0], 1), max(width // config.fused_grid[1], 1)
+    return TowerFacts(
         hidden_sizes=(config.fused_size, config.fused_size),
-        reductions=(KEEP, Reduction(as_pair(kernel), as_pair(stride), (0, 0))),
-        num_channels=getattr(config, "num_channels", 3),
+        reductions=(KEEP, floor_reduction(stride)),
+        num_channels=config.num_channels,
         pooled_size=config.fused_size,
         first_layer=1,
+        image_size=(height, width),
+        grid=tuple(config.fused_grid),
+        plan_for=config.plan_for,
     )
 
 

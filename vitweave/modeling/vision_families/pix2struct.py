@@ -40,7 +40,7 @@ class Pix2Struct(VisionFamily):
     def embed(self, model, pixel_values):
         facts, embeddings = encoder_facts(model.config), model.embeddings
         rows, columns = facts.grid_for(*pixel_values.shape[-2:])
-        size = facts.strides[0][0]
+        size = facts.strides[-1][0]
         # float32, because resizing with antialias knows no half precision on CPU
         pixels = standardised(pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32)))
         pixels = F.interpolate(pixels, size=(rows * size, columns * size), mode="bilinear", antialias=True)

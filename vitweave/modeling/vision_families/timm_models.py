@@ -2,7 +2,8 @@
 
 import torch
 
-from vitweave.configuration.encoder_facts import EncoderFacts, ceil_reduction, floor_reduction
+from vitweave.configuration.encoder_facts import EncoderFacts
+from vitweave.configuration.reductions import ceil_reduction, floor_reduction
 from vitweave.modeling.vision_families.base import VisionFamily, unchanged
 
 
