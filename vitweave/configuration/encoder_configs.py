@@ -11,6 +11,12 @@ def _layer_fusion_vision() -> type[PreTrainedConfig]:
     return LayerFusionConfig
 
 
+def _multi_encoder_vision() -> type[PreTrainedConfig]:
+    from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfig
+
+    return MultiEncoderConfig
+
+
 def _specialized_vit() -> type[PreTrainedConfig]:
     from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 
@@ -20,6 +26,7 @@ def _specialized_vit() -> type[PreTrainedConfig]:
 # Asked before transformers' own table, so that a self-contained bundle works where nothing is registered.
 OWN_CONFIGS: dict[str, Callable[[], type[PreTrainedConfig]]] = {
     "layer_fusion_vision": _layer_fusion_vision,
+    "multi_encoder_vision": _multi_encoder_vision,
     "specialized_vit": _specialized_vit,
 }
 

@@ -19,8 +19,15 @@ def _layer_fusion_vision() -> dict[str, type[PreTrainedModel]]:
     return {"model": LayerFusionModel, "backbone": LayerFusionBackbone}
 
 
+def _multi_encoder_vision() -> dict[str, type[PreTrainedModel]]:
+    from vitweave.modeling.modeling_multi_encoder import MultiEncoderBackbone, MultiEncoderModel
+
+    return {"model": MultiEncoderModel, "backbone": MultiEncoderBackbone}
+
+
 OWN_MODELS = {
     "layer_fusion_vision": _layer_fusion_vision,
+    "multi_encoder_vision": _multi_encoder_vision,
     "specialized_vit": _specialized_vit,
 }
 
