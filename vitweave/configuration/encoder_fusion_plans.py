@@ -21,10 +21,6 @@ class FusionPlan:
     grid: Grid | None = None
 
 
-# name -> function of (in_channels, grids, hidden_size, **options of the fusion that change the plan)
-FUSION_PLANS: dict[str, Callable[..., FusionPlan]] = {}
-
-
 def cells(grid: Grid) -> int:
     """How many tokens a grid has."""
     return grid[0] * grid[1]
@@ -35,3 +31,119 @@ def common_grid(grids: Sequence[Grid], grid: int | Sequence[int] | None) -> Grid
     if grid is None:
         return grids[0]
     return (grid, grid) if isinstance(grid, int) else (grid[0], grid[1])
+
+
+RESIZES = ("align_ac", "avg_pool", "bilinear", "bilinear_ac")  # see vitweave/modeling/grid_matching.py
+
+
+def check_resize(resize: str, grids: Sequence[Grid], target: Grid):
+    """Refuse an unknown way to resize maps, and one by whole blocks between grids that do not divide."""
+    if resize not in RESIZES:
+        raise ValueError(f"expected resize to be one of {list(RESIZES)}, got {resize!r}")
+    for index, (height, width) in enumerate(grids):
+        finer = height >= target[0] and width >= target[1]
+        by_blocks = resize == "avg_pool" or (resize == "align_ac" and finer)
+        if by_blocks and (height % target[0] or width % target[1]):
+            raise ValueError(
+                f"expected a map of encoder {index} that resize={resize!r} cuts into {target[0]}x{target[1]} whole"
+                f" blocks, got {height}x{width}: change its image_size, or take resize='bilinear_ac'"
+            )
+
+
+def plan_channel_concat(
+    in_channels: Sequence[int],
+    grids: Sequence[Grid],
+    hidden_size: int | None = None,
+    *,
+    grid: int | Sequence[int] | None = None,
+    resize: str = "bilinear_ac",
+    projector: str | None = None,
+) -> FusionPlan:
+    """All channels side by side on one grid."""
+    grid = common_grid(grids, grid)
+    check_resize(resize, grids, grid)
+    width = sum(in_channels) if hidden_size is None else hidden_size
+    if projector in ("identity", "residual") and width != sum(in_channels):
+        raise ValueError(
+            f"expected hidden_size to be None or the sum of all channels, {sum(in_channels)}, with"
+            f" projector={projector!r}, got {hidden_size}"
+        )
+    return FusionPlan(width, cells(grid), grid)
+
+
+def plan_sequence_concat(
+    in_channels: Sequence[int],
+    grids: Sequence[Grid],
+    hidden_size: int | None = None,
+    *,
+    order: str = "interleave",
+    projector: str | Sequence[str] = "norm_mlp",
+    num_prefixes: Sequence[int] | None = None,
+) -> FusionPlan:
+    """The tokens of all encoders, one after the other or in turns."""
+    width, counts = in_channels[0] if hidden_size is None else hidden_size, [cells(grid) for grid in grids]
+    names = [projector] * len(counts) if isinstance(projector, str) else list(projector)
+    prefixes = [0] * len(counts) if num_prefixes is None else list(num_prefixes)
+    if order not in ("interleave", "append"):
+        raise ValueError(f"expected order to be 'interleave' or 'append', got {order!r}")
+    for option, entries in (("projector", names), ("num_prefixes", prefixes)):
+        if len(entries) != len(counts):
+            raise ValueError(f"expected one entry of {option} for each of {len(counts)} encoders, got {entries}")
+    for index, (name, channels) in enumerate(zip(names, in_channels, strict=True)):
+        if name in ("identity", "residual") and channels != width:
+            raise ValueError(
+                f"expected {width} channels of every encoder with projector={name!r}, got {channels} of encoder"
+                f" {index}: give that encoder another projector, e.g. 'norm_mlp'"
+            )
+    if order == "interleave" and any(prefixes):
+        raise ValueError(
+            f"expected no class tokens with order='interleave', which pairs places, got num_prefixes={prefixes}: take"
+            " order='append'"
+        )
+    if order == "interleave" and len(set(counts)) > 1:
+        raise ValueError(
+            f"expected as many tokens of every encoder with order='interleave', got {counts}: change an image_size,"
+            " unshuffle the finer map, or take order='append'"
+        )
+    return FusionPlan(width, sum(counts) + sum(prefixes))
+
+
+def plan_add(
+    in_channels: Sequence[int],
+    grids: Sequence[Grid],
+    hidden_size: int | None = None,
+    *,
+    resize: str = "bilinear_ac",
+    direct: bool = False,
+) -> FusionPlan:
+    """The first encoder's map, changed by the others."""
+    check_resize(resize, grids, grids[0])
+    return FusionPlan(in_channels[0] if hidden_size is None else hidden_size, cells(grids[0]), grids[0])
+
+
+def plan_deformable(
+    in_channels: Sequence[int],
+    grids: Sequence[Grid],
+    hidden_size: int | None = None,
+    *,
+    num_heads: int = 8,
+    num_points: int = 4,
+) -> FusionPlan:
+    """The first encoder's map, changed by what its tokens sample in the others."""
+    width = in_channels[0] if hidden_size is None else hidden_size
+    if len(grids) < 2:
+        raise ValueError("expected a second encoder whose map the tokens of the first one sample, got one encoder")
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"expected num_heads to divide the hidden size {width}, got {num_heads}")
+    if num_points < 1:
+        raise ValueError(f"expected at least one point per head and map, got num_points={num_points}")
+    return FusionPlan(width, cells(grids[0]), grids[0])
+
+
+# name -> function of (in_channels, grids, hidden_size, **options of the fusion that change the plan)
+FUSION_PLANS: dict[str, Callable[..., FusionPlan]] = {
+    "add": plan_add,
+    "channel_concat": plan_channel_concat,
+    "deformable": plan_deformable,
+    "sequence_concat": plan_sequence_concat,
+}

@@ -3,10 +3,19 @@
 from collections.abc import Sequence
 
 from vitweave.configuration.encoder_fusion_plans import Grid
+from vitweave.modeling.encoder_fusion.add import AddFusion
 from vitweave.modeling.encoder_fusion.base import EncoderFusion
+from vitweave.modeling.encoder_fusion.channel_concat import ChannelConcatFusion
+from vitweave.modeling.encoder_fusion.deformable import DeformableFusion
+from vitweave.modeling.encoder_fusion.sequence_concat import SequenceConcatFusion
 from vitweave.modeling.options import check_options, pick
 
-ENCODER_FUSIONS: dict[str, type[EncoderFusion]] = {}
+ENCODER_FUSIONS: dict[str, type[EncoderFusion]] = {
+    "add": AddFusion,
+    "channel_concat": ChannelConcatFusion,
+    "deformable": DeformableFusion,
+    "sequence_concat": SequenceConcatFusion,
+}
 
 
 def build_encoder_fusion(
