@@ -15,6 +15,13 @@ ENCODER_FUSIONS: dict[str, type[EncoderFusion]] = {
     "channel_concat": ChannelConcatFusion,
     "deformable": DeformableFusion,
     "sequence_concat": SequenceConcatFusion,
+from vitweave.modeling.encoder_fusion.query_former import QueryFormerFusion
+from vitweave.modeling.encoder_fusion.spatial_vision_aggregator import SpatialVisionAggregatorFusion
+from vitweave.modeling.options import check_options, pick
+
+ENCODER_FUSIONS: dict[str, type[EncoderFusion]] = {
+    "query_former": QueryFormerFusion,
+    "spatial_vision_aggregator": SpatialVisionAggregatorFusion,
 }
 
 
