@@ -106,8 +106,8 @@ class QueryFormerFusion(EncoderFusion):
     def kept_tokens(self, states: list[Tensor]) -> Tensor:
         """(batch, tokens of all encoders), True for those of the encoders that are kept this time."""
         kept = keep_encoders(states[0].shape[0], len(states), self.encoder_dropout, states[0].device)
-        lengths = torch.tensor([part.shape[1] for part in states], device=kept.device)
-        return kept.repeat_interleave(lengths, dim=1, output_size=sum(part.shape[1] for part in states))
+        each = kept.split(1, dim=1)
+        return torch.cat([flag.expand(-1, part.shape[1]) for flag, part in zip(each, states, strict=True)], dim=1)
 
 
 def keep_encoders(batch: int, encoders: int, dropout: float, device: torch.device) -> Tensor:
