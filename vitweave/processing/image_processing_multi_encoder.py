@@ -1,0 +1,18 @@
+"""Images of encoder towers to tensors, with torchvision."""
+
+from vitweave.processing.multi_encoder_steps import MultiEncoderImageProcessorKwargs, MultiEncoderSteps
+from vitweave.processing.torchvision_steps import TorchvisionSteps
+
+
+class MultiEncoderImageProcessor(MultiEncoderSteps, TorchvisionSteps):
+    """Padded or tiled images to `pixel_values`, `num_tiles` and `image_sizes`.
+
+    torchvision's bicubic is not Pillow's, which released weights were trained on: single pixels of a sharp image differ
+    by up to 20 grey levels, on average by less than half of one. `MultiEncoderImageProcessorPil` has Pillow's.
+    """
+
+    resample = MultiEncoderSteps.resample
+    valid_kwargs = MultiEncoderImageProcessorKwargs
+
+
+__all__ = ["MultiEncoderImageProcessor", "MultiEncoderImageProcessorKwargs"]
