@@ -33,11 +33,14 @@ from vitweave.modeling.modeling_specialized_vit import (
 )
 from vitweave.processing.image_processing_depth import DepthImageProcessor
 from vitweave.processing.image_processing_figure import FigureImageProcessor
+from vitweave.processing.image_processing_multi_encoder import MultiEncoderImageProcessor
 from vitweave.processing.image_processing_pil_depth import DepthImageProcessorPil
 from vitweave.processing.image_processing_pil_figure import FigureImageProcessorPil
+from vitweave.processing.image_processing_pil_multi_encoder import MultiEncoderImageProcessorPil
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
 from vitweave.processing.image_processing_segmentation import SegmentationImageProcessor
 from vitweave.processing.processing_figure_text import FigureTextProcessor
+from vitweave.processing.processing_multi_encoder_vlm import MultiEncoderVlmProcessor
 
 # config class, {Auto class: model class}, image processors by backend, one dict per task (None: the host's own is kept)
 FAMILIES = (
@@ -90,3 +93,6 @@ def register():
             key = config_class if index == 0 else by_backend["torchvision"]
             AutoImageProcessor.register(key, image_processor_classes=by_backend, exist_ok=True)
     AutoProcessor.register(ImageTextRetrieverConfig, FigureTextProcessor, exist_ok=True)
+    tiling = {"torchvision": MultiEncoderImageProcessor, "pil": MultiEncoderImageProcessorPil}
+    AutoImageProcessor.register(MultiEncoderImageProcessor, image_processor_classes=tiling, exist_ok=True)
+    AutoProcessor.register(MultiEncoderVlmProcessor, MultiEncoderVlmProcessor, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Dynamic tiling of LEO (arXiv:2501.06986) and InternVL (arXiv:2404.16821): a grid of tiles that fits an image's shape."""
+"""Dynamic tiling of LEO (arXiv:2501.06986) and InternVL (arXiv:2404.16821): tiles in a grid of the image's shape."""
 
 from functools import lru_cache
 
