@@ -191,12 +191,144 @@ def plan_deformable(
     return FusionPlan(width if hidden_size is None else hidden_size, queries_per_encoder * len(in_channels))
 
 
+def plan_spatial_vision_aggregator(
+    in_channels: Sequence[int],
+    grids: Sequence[Grid],
+    hidden_size: int | None = None,
+    *,
+    query_sides: Sequence[int | Sequence[int]] | None = None,
+    final_side: int | Sequence[int] | None = None,
+    tower_sides: Sequence[int | Sequence[int]] | None = None,
+    vision_hidden_size: int = 1024,
+    **_,
+) -> FusionPlan:
+    """Query groups, brought to one grid and concatenated."""
+    grids, queries, final = sva_grids(grids, query_sides, final_side, tower_sides)
+    for index, grid in enumerate(grids):
+        for query in queries:
+            if grid[0] % query[0] or grid[1] % query[1]:
+                raise ValueError(
+                    f"expected query grids that divide the maps into whole windows, got {query[0]}x{query[1]} queries"
+                    f" for the {grid[0]}x{grid[1]} map of encoder {index}; set query_sides, or tower_sides for the"
+                    " grids that the maps are resized to"
+                )
+    width = vision_hidden_size * len(queries)
+    if hidden_size not in (None, width):
+        raise ValueError(
+            f"expected hidden_size to be None or vision_hidden_size times query groups = {width}, got {hidden_size}"
+        )
+    return FusionPlan(width, cells(final), final)
+
+
+def sva_grids(
+    grids: Sequence[Grid],
+    query_sides: Sequence[int | Sequence[int]] | None,
+    final_side: int | Sequence[int] | None,
+    tower_sides: Sequence[int | Sequence[int]] | None,
+) -> tuple[list[Grid], list[Grid], Grid]:
+    """Of the spatial vision aggregator: the grids of the maps as they are read, of the query groups, of the output."""
+    if tower_sides is not None and len(tower_sides) != len(grids):
+        raise ValueError(f"expected one entry of tower_sides for each of {len(grids)} encoders, got {len(tower_sides)}")
+    if query_sides is not None and not query_sides:
+        raise ValueError("expected at least one query group in query_sides, got none")
+    grids = [tuple(grid) for grid in grids] if tower_sides is None else [common_grid([], side) for side in tower_sides]
+    coarsest = min(grids, key=cells)
+    queries = [coarsest] if query_sides is None else [common_grid([], side) for side in query_sides]
+    return grids, queries, common_grid([max(queries, key=cells)], final_side)
+
+
+def plan_query_former(
+    in_channels: Sequence[int],
+    grids: Sequence[Grid],
+    hidden_size: int | None = None,
+    *,
+    queries_per_encoder: int = 32,
+    width: int = 768,
+    **_,
+) -> FusionPlan:
+    """So many queries for each encoder."""
+    if queries_per_encoder < 1:
+        raise ValueError(f"expected at least one query per encoder, got queries_per_encoder={queries_per_encoder}")
+    return FusionPlan(width if hidden_size is None else hidden_size, queries_per_encoder * len(in_channels))
+
+
+def plan_mixture_of_resolution(
+    in_channels: Sequence[int], grids: Sequence[Grid], hidden_size: int | None = None, **_
+) -> FusionPlan:
+    """The map of encoder 0, which encoder 1 adds to."""
+    if len(grids) != 2:
+        raise ValueError(
+            f"expected two encoders for mixture_of_resolution, the fast one and then the slow one, got {len(grids)}"
+        )
+    check_own_width("mixture_of_resolution", in_channels, hidden_size)
+    fast, slow = grids
+    finer = all(s % f == 0 for s, f in zip(slow, fast, strict=True))
+    coarser = all(f % s == 0 for s, f in zip(slow, fast, strict=True))
+    if not (finer or coarser):
+        raise ValueError(
+            "expected the sides of the slow encoder's grid to divide those of the fast one's, or to be multiples of"
+            f" them, got a slow grid of {slow[0]}x{slow[1]} and a fast one of {fast[0]}x{fast[1]}: choose an image size"
+            f" for encoder 1 whose grid has a height among {divisors(fast[0])} and a width among {divisors(fast[1])},"
+            f" or multiples of {fast[0]}x{fast[1]}"
+        )
+    return FusionPlan(in_channels[0], cells(fast), tuple(fast))
+
+
+def plan_patch_info_mining(
+    in_channels: Sequence[int],
+    grids: Sequence[Grid],
+    hidden_size: int | None = None,
+    *,
+    crops: int = 1,
+    has_global_view: bool = False,
+    **_,
+) -> FusionPlan:
+    """As many tokens as all views of encoder 0 have; a map where there is one view."""
+    if len(grids) < 2:
+        raise ValueError("expected patch_info_mining to get at least two encoders, queries and then detail, got one")
+    check_own_width("patch_info_mining", in_channels, hidden_size)
+    if crops < 1:
+        raise ValueError(f"expected crops to be the number of crops per side, at least 1, got {crops}")
+    query, detail = grids[0], finest_grid(grids[1:])
+    needed = (query[0] * crops, query[1] * crops)
+    if any(d % n for d, n in zip(detail, needed, strict=True)):
+        nearest = [-(-d // n) * n for d, n in zip(detail, needed, strict=True)]
+        raise ValueError(
+            f"expected the detail map to have a whole window of cells for each of {needed[0]}x{needed[1]} queries"
+            f" (grid {query[0]}x{query[1]}, crops={crops}), got {detail[0]}x{detail[1]} cells: choose image sizes for"
+            f" which both sides are multiples, such as {nearest[0]}x{nearest[1]} cells"
+        )
+    views = crops**2 + has_global_view
+    return FusionPlan(in_channels[0], views * cells(query), tuple(query) if views == 1 else None)
+
+
+def finest_grid(grids: Sequence[Grid]) -> Grid:
+    """The largest height and the largest width of several grids."""
+    return max(grid[0] for grid in grids), max(grid[1] for grid in grids)
+
+
+def divisors(number: int) -> list[int]:
+    """What divides a number, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def check_own_width(name: str, in_channels: Sequence[int], hidden_size: int | None) -> None:
+    """Refuse another width than encoder 0's, for fusions that return it."""
+    if hidden_size not in (None, in_channels[0]):
+        raise ValueError(
+            f"expected hidden_size to be None or the {in_channels[0]} channels of encoder 0, which {name} returns, got"
+            f" {hidden_size}; a projector behind the tower changes the width"
+        )
+
+
 # name -> function of (in_channels, grids, hidden_size, **options of the fusion that change the plan)
 FUSION_PLANS: dict[str, Callable[..., FusionPlan]] = {
     "add": plan_add,
     "channel_concat": plan_channel_concat,
     "deformable": plan_deformable,
-    "sequence_concat": plan_sequence_concat,
+    "mixture_of_resolution": plan_mixture_of_resolution,
+    "patch_info_mining": plan_patch_info_mining,
     "query_former": plan_query_former,
+    "sequence_concat": plan_sequence_concat,
     "spatial_vision_aggregator": plan_spatial_vision_aggregator,
 }

@@ -167,9 +167,7 @@ class MultiEncoderSteps(PictureSteps):
                 image = self.pad_edges(image, square_margins(*image.shape[-2:]), self._mean_colour(image, **kwargs))
             return [self._fit(image, size, do_resize, resample)]
         side, (height, width) = size.height, image.shape[-2:]
-        columns, rows = choose_grid(
-            width, height, side, options["min_tiles"], options["max_tiles"] // images_in_sample
-        )
+        columns, rows = choose_grid(width, height, side, options["min_tiles"], options["max_tiles"] // images_in_sample)
         filled = self._fit(image, SizeDict(height=rows * side, width=columns * side), True, resample)
         boxes = tile_boxes(columns, rows, side)
         tiles = [filled[:, top:bottom, left:right] for left, top, right, bottom in boxes]

@@ -157,9 +157,7 @@ class MultiEncoderVlmProcessor(ProcessorMixin):
 
     def count_tokens(self, num_tiles: int = 1, image_size: Sequence[int] | None = None) -> int:
         """Placeholders of one image, from its tiles and its (height, width)."""
-        return tokens_per_image(
-            self.num_image_tokens, num_tiles, self.grid, self.image_newline, self.unpad, image_size
-        )
+        return tokens_per_image(self.num_image_tokens, num_tiles, self.grid, self.image_newline, self.unpad, image_size)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """What one placeholder becomes."""

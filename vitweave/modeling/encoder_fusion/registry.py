@@ -7,20 +7,21 @@ from vitweave.modeling.encoder_fusion.add import AddFusion
 from vitweave.modeling.encoder_fusion.base import EncoderFusion
 from vitweave.modeling.encoder_fusion.channel_concat import ChannelConcatFusion
 from vitweave.modeling.encoder_fusion.deformable import DeformableFusion
+from vitweave.modeling.encoder_fusion.mixture_of_resolution import MixtureOfResolutionFusion
+from vitweave.modeling.encoder_fusion.patch_info_mining import PatchInfoMiningFusion
+from vitweave.modeling.encoder_fusion.query_former import QueryFormerFusion
 from vitweave.modeling.encoder_fusion.sequence_concat import SequenceConcatFusion
+from vitweave.modeling.encoder_fusion.spatial_vision_aggregator import SpatialVisionAggregatorFusion
 from vitweave.modeling.options import check_options, pick
 
 ENCODER_FUSIONS: dict[str, type[EncoderFusion]] = {
     "add": AddFusion,
     "channel_concat": ChannelConcatFusion,
     "deformable": DeformableFusion,
-    "sequence_concat": SequenceConcatFusion,
-from vitweave.modeling.encoder_fusion.query_former import QueryFormerFusion
-from vitweave.modeling.encoder_fusion.spatial_vision_aggregator import SpatialVisionAggregatorFusion
-from vitweave.modeling.options import check_options, pick
-
-ENCODER_FUSIONS: dict[str, type[EncoderFusion]] = {
+    "mixture_of_resolution": MixtureOfResolutionFusion,
+    "patch_info_mining": PatchInfoMiningFusion,
     "query_former": QueryFormerFusion,
+    "sequence_concat": SequenceConcatFusion,
     "spatial_vision_aggregator": SpatialVisionAggregatorFusion,
 }
 
