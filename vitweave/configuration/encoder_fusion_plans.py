@@ -51,7 +51,6 @@ def check_resize(resize: str, grids: Sequence[Grid], target: Grid):
 
 
 def plan_channel_concat(
-def plan_spatial_vision_aggregator(
     in_channels: Sequence[int],
     grids: Sequence[Grid],
     hidden_size: int | None = None,
@@ -73,48 +72,6 @@ def plan_spatial_vision_aggregator(
 
 
 def plan_sequence_concat(
-    query_sides: Sequence[int | Sequence[int]] | None = None,
-    final_side: int | Sequence[int] | None = None,
-    tower_sides: Sequence[int | Sequence[int]] | None = None,
-    vision_hidden_size: int = 1024,
-    **_,
-) -> FusionPlan:
-    """Query groups, brought to one grid and concatenated."""
-    grids, queries, final = sva_grids(grids, query_sides, final_side, tower_sides)
-    for index, grid in enumerate(grids):
-        for query in queries:
-            if grid[0] % query[0] or grid[1] % query[1]:
-                raise ValueError(
-                    f"expected query grids that divide the maps into whole windows, got {query[0]}x{query[1]} queries"
-                    f" for the {grid[0]}x{grid[1]} map of encoder {index}; set query_sides, or tower_sides for the"
-                    " grids that the maps are resized to"
-                )
-    width = vision_hidden_size * len(queries)
-    if hidden_size not in (None, width):
-        raise ValueError(
-            f"expected hidden_size to be None or vision_hidden_size times query groups = {width}, got {hidden_size}"
-        )
-    return FusionPlan(width, cells(final), final)
-
-
-def sva_grids(
-    grids: Sequence[Grid],
-    query_sides: Sequence[int | Sequence[int]] | None,
-    final_side: int | Sequence[int] | None,
-    tower_sides: Sequence[int | Sequence[int]] | None,
-) -> tuple[list[Grid], list[Grid], Grid]:
-    """Of the spatial vision aggregator: the grids of the maps as they are read, of the query groups, of the output."""
-    if tower_sides is not None and len(tower_sides) != len(grids):
-        raise ValueError(f"expected one entry of tower_sides for each of {len(grids)} encoders, got {len(tower_sides)}")
-    if query_sides is not None and not query_sides:
-        raise ValueError("expected at least one query group in query_sides, got none")
-    grids = [tuple(grid) for grid in grids] if tower_sides is None else [common_grid([], side) for side in tower_sides]
-    coarsest = min(grids, key=cells)
-    queries = [coarsest] if query_sides is None else [common_grid([], side) for side in query_sides]
-    return grids, queries, common_grid([max(queries, key=cells)], final_side)
-
-
-def plan_query_former(
     in_channels: Sequence[int],
     grids: Sequence[Grid],
     hidden_size: int | None = None,
@@ -181,14 +138,6 @@ def plan_deformable(
     if num_points < 1:
         raise ValueError(f"expected at least one point per head and map, got num_points={num_points}")
     return FusionPlan(width, cells(grids[0]), grids[0])
-    queries_per_encoder: int = 32,
-    width: int = 768,
-    **_,
-) -> FusionPlan:
-    """So many queries for each encoder."""
-    if queries_per_encoder < 1:
-        raise ValueError(f"expected at least one query per encoder, got queries_per_encoder={queries_per_encoder}")
-    return FusionPlan(width if hidden_size is None else hidden_size, queries_per_encoder * len(in_channels))
 
 
 def plan_spatial_vision_aggregator(

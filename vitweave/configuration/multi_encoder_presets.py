@@ -173,7 +173,7 @@ def llava_hr(tiny: bool, xxlarge: bool = False) -> dict:
 
 
 def mini_gemini(tiny: bool, crops: int = 1) -> dict:
-    """Mini-Gemini (arXiv:2403.18814): CLIP's tokens mine their windows of all four stages of ConvNeXt; HD with crops."""
+    """Mini-Gemini (arXiv:2403.18814): CLIP's tokens mine windows of all four stages of ConvNeXt; HD with crops."""
     fast = {"image_size": 56 if tiny else 336, "resize": "bilinear", "layer": -2, **AS_READ, "frozen": True}
     return {
         "encoder_configs": [clip_large(tiny), convnext_large(tiny)],
