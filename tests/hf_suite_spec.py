@@ -21,11 +21,13 @@ from transformers.utils import is_torchvision_available
 
 import vitweave  # noqa: F401  (registers the classes)
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.configuration.configuration_eva02_det import Eva02DetConfig
 from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
+from vitweave.modeling.modeling_eva02_det import Eva02DetBackbone, Eva02DetModel
 from vitweave.modeling.modeling_image_text_retriever import ImageTextRetrieverModel
 from vitweave.modeling.modeling_layer_fusion import (
     LayerFusionBackbone,
@@ -98,6 +100,35 @@ def specialized_vit(name: str, skips: dict | None = None, **changes) -> ModelSui
             "image-classification": SpecializedViTForImageClassification,
             "image-feature-extraction": SpecializedViTModel,
         },
+        pipeline_image_processor=lambda: BitImageProcessorPil(size=SIZE, crop_size=SIZE),
+    )
+
+
+def eva02_det(name: str, window_blocks: list[int], skips: dict | None = None) -> ModelSuiteSpec:
+    def config() -> Eva02DetConfig:
+        shared = {key: TINY_VIT[key] for key in TINY_VIT if key in Eva02DetConfig().to_dict()}
+        return Eva02DetConfig(
+            **shared,
+            attn_implementation="eager",
+            pretrain_image_size=24,
+            window_size=3,
+            window_blocks=window_blocks,
+            drop_path_rate=0.1,
+        )
+
+    return ModelSuiteSpec(
+        name=name,
+        config_class=Eva02DetConfig,
+        make_config=config,
+        make_inputs=lambda config: pixels(),
+        other_inputs=lambda config: pixels(2, (42, 24)),
+        model_classes=[Eva02DetModel, Eva02DetBackbone],
+        base_model_classes=[Eva02DetModel],
+        backbone_classes=[Eva02DetBackbone],
+        seq_length=25,
+        config_kwargs={"hidden_size": 36},
+        skips=skips or {},
+        pipelines={"image-feature-extraction": Eva02DetModel},
         pipeline_image_processor=lambda: BitImageProcessorPil(size=SIZE, crop_size=SIZE),
     )
 
@@ -263,6 +294,7 @@ def specs() -> list[ModelSuiteSpec]:
             proj_blocks="none",
             mlp_blocks="none",
         ),
+        eva02_det("eva02_det", window_blocks=[1]),
         layer_fusion("layer_fusion_probe", tiny_vit, "attentive_probe"),
         layer_fusion("layer_fusion_dinov2", tiny_dinov2, "concat", include_mean_patch=True),
         layer_fusion("layer_fusion_maps", tiny_dinov2, "cross_layer_attention", backbone=True, dense=True, num_heads=4),

@@ -13,11 +13,13 @@ from transformers import Dinov2Config, Trainer, TrainingArguments, pipeline
 
 from vitweave.auto import FAMILIES
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.configuration.configuration_eva02_det import Eva02DetConfig
 from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
+from vitweave.modeling.modeling_eva02_det import Eva02DetBackbone, Eva02DetModel
 from vitweave.modeling.modeling_image_text_retriever import ImageTextRetrieverModel
 from vitweave.modeling.modeling_layer_fusion import (
     LayerFusionBackbone,
@@ -83,6 +85,13 @@ def vit(**changes) -> SpecializedViTConfig:
     return SpecializedViTConfig(**TINY | {"num_labels": 3} | changes)
 
 
+def eva(**changes) -> Eva02DetConfig:
+    """Every second block in windows, which the test images do not fill."""
+    options = {name: TINY[name] for name in TINY if name not in ("mlp_ratio", "use_mask_token")}
+    windows = {"window_size": 3, "window_blocks": [0, 2], "pretrain_image_size": 24}
+    return Eva02DetConfig(**options | windows | changes)
+
+
 def dense(backbone: Callable, head_type: str, **changes) -> Callable:
     return lambda **more: DensePredictorConfig(
         backbone_config=backbone(out_indices=[1, 3]), head_type=head_type, num_labels=3, **changes | more
@@ -138,6 +147,8 @@ SUBJECTS = {
         lambda **changes: vit(classifier_input="cls_mean", **changes),
         "image-classification",
     ),
+    "eva": Subject(Eva02DetModel, eva, "image-feature-extraction"),
+    "eva-backbone": Subject(Eva02DetBackbone, lambda **changes: eva(out_indices=[1, 3], **changes)),
     "fused": Subject(LayerFusionModel, fused("attentive_probe"), "image-feature-extraction"),
     "fused-dense": Subject(
         LayerFusionModel, fused("cross_layer_attention", fusion_options={"num_heads": 4, "dense": True})
@@ -178,6 +189,7 @@ SUBJECTS = {
     "depth-disparity": Subject(
         DensePredictorForDepthEstimation, dense(vit, "dpt", depth_target="disparity"), "depth-estimation"
     ),
+    "depth-eva": Subject(DensePredictorForDepthEstimation, dense(eva, "linear")),
     "depth-dinov2": Subject(DensePredictorForDepthEstimation, dense(dinov2, "linear")),
 }
 every_subject = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
@@ -411,4 +423,4 @@ def test_serves_its_pipeline(name, tmp_path):
     elif subject.task == "image-classification":
         assert len(result) == 3 and abs(sum(row["score"] for row in result) - 1) < 1e-5
     else:
-        assert len(result[0]) == 17 and len(result[0][0]) == 32
+        assert len(result[0]) == (16 if name == "eva" else 17) and len(result[0][0]) == 32

@@ -31,6 +31,7 @@ CASES = {
     "dinov2_with_registers": {**DINO, "num_register_tokens": 2},
     "dinov3_convnext": CONV,
     "dinov3_vit": {**VIT, "num_register_tokens": 2},
+    "eva02_det_vit": {**VIT, "pretrain_image_size": 24, "window_size": 3, "window_blocks": [0, 2]},
     "ijepa": VIT,
     "internvl_vision": {**VIT, "image_size": (32, 32), "patch_size": (8, 8)},
     "mobilenet_v2": {"depth_multiplier": 0.35},

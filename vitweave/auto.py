@@ -15,11 +15,13 @@ from transformers.models.auto.image_processing_auto import (
 from transformers.models.auto.processing_auto import AutoProcessor
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.configuration.configuration_eva02_det import Eva02DetConfig
 from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
+from vitweave.modeling.modeling_eva02_det import Eva02DetBackbone, Eva02DetModel
 from vitweave.modeling.modeling_image_text_retriever import ImageTextRetrieverModel
 from vitweave.modeling.modeling_layer_fusion import (
     LayerFusionBackbone,
@@ -53,6 +55,7 @@ FAMILIES = (
         },
         None,
     ),
+    (Eva02DetConfig, {AutoModel: Eva02DetModel, AutoBackbone: Eva02DetBackbone}, None),
     (
         LayerFusionConfig,
         {

@@ -5,6 +5,12 @@ from collections.abc import Callable
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 
+def _eva02_det_vit() -> type[PreTrainedConfig]:
+    from vitweave.configuration.configuration_eva02_det import Eva02DetConfig
+
+    return Eva02DetConfig
+
+
 def _layer_fusion_vision() -> type[PreTrainedConfig]:
     from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig  # it imports this module
 
@@ -25,6 +31,7 @@ def _specialized_vit() -> type[PreTrainedConfig]:
 
 # Asked before transformers' own table, so that a self-contained bundle works where nothing is registered.
 OWN_CONFIGS: dict[str, Callable[[], type[PreTrainedConfig]]] = {
+    "eva02_det_vit": _eva02_det_vit,
     "layer_fusion_vision": _layer_fusion_vision,
     "multi_encoder_vision": _multi_encoder_vision,
     "specialized_vit": _specialized_vit,

@@ -286,6 +286,7 @@ ENCODER_FACTS: dict[str, Callable[[PreTrainedConfig], EncoderFacts]] = {
     "dinov2_with_registers": _with_registers,
     "dinov3_convnext": _dinov3_convnext,
     "dinov3_vit": _with_registers,
+    "eva02_det_vit": _without_class_token,
     "ijepa": _without_class_token,
     "internvl_vision": _plain_vit,
     "layer_fusion_vision": _layer_fusion_vision,

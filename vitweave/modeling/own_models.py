@@ -7,6 +7,12 @@ self-contained bundle on the Hub, where nothing is registered, resolves its nest
 from transformers import AutoBackbone, AutoModel, PreTrainedConfig, PreTrainedModel
 
 
+def _eva02_det_vit() -> dict[str, type[PreTrainedModel]]:
+    from vitweave.modeling.modeling_eva02_det import Eva02DetBackbone, Eva02DetModel
+
+    return {"model": Eva02DetModel, "backbone": Eva02DetBackbone}
+
+
 def _specialized_vit() -> dict[str, type[PreTrainedModel]]:
     from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone, SpecializedViTModel
 
@@ -26,6 +32,7 @@ def _multi_encoder_vision() -> dict[str, type[PreTrainedModel]]:
 
 
 OWN_MODELS = {
+    "eva02_det_vit": _eva02_det_vit,
     "layer_fusion_vision": _layer_fusion_vision,
     "multi_encoder_vision": _multi_encoder_vision,
     "specialized_vit": _specialized_vit,

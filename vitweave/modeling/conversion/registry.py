@@ -39,6 +39,7 @@ REFUSED: dict[str, str] = {
             "vitdet",
             "sam",
             "sam_vision_model",
+            "eva02_det_vit",
         ),
         NO_CLASS_TOKEN,
     ),

@@ -2,6 +2,7 @@
 
 from vitweave.modeling.vision_families.base import VisionFamily
 from vitweave.modeling.vision_families.composites import LayerFused, MultiEncoder
+from vitweave.modeling.vision_families.eva02_det import Eva02Det
 from vitweave.modeling.vision_families.maps import ConvNext, Dinov3ConvNext, MobileNetV2, Sam, Segformer, Swin, Swinv2
 from vitweave.modeling.vision_families.patches_only import (
     ClipPatches,
@@ -36,6 +37,7 @@ VISION_FAMILIES: dict[str, VisionFamily] = {
     "dinov2_with_registers": Dinov2(),
     "dinov3_convnext": Dinov3ConvNext(),
     "dinov3_vit": Dinov3(),
+    "eva02_det_vit": Eva02Det(),
     "ijepa": PatchMean(),
     "internvl_vision": Dinov2(),
     "layer_fusion_vision": LayerFused(),
