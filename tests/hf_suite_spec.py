@@ -126,7 +126,7 @@ def eva02_det(name: str, window_blocks: list[int], skips: dict | None = None) ->
         base_model_classes=[Eva02DetModel],
         backbone_classes=[Eva02DetBackbone],
         seq_length=25,
-        config_kwargs={"hidden_size": 36},
+        config_kwargs={"hidden_size": 64},
         skips=skips or {},
         pipelines={"image-feature-extraction": Eva02DetModel},
         pipeline_image_processor=lambda: BitImageProcessorPil(size=SIZE, crop_size=SIZE),

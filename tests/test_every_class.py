@@ -178,6 +178,7 @@ SUBJECTS = {
     ),
     "segmenter-mlp": Subject(DensePredictorForSemanticSegmentation, dense(vit, "mlp"), unread=DEEPEST_CLS),
     "segmenter-dinov2": Subject(DensePredictorForSemanticSegmentation, dense(dinov2, "linear")),
+    "segmenter-eva": Subject(DensePredictorForSemanticSegmentation, dense(eva, "linear")),
     "depth-linear": Subject(DensePredictorForDepthEstimation, dense(vit, "linear"), "depth-estimation"),
     "depth-dpt": Subject(
         DensePredictorForDepthEstimation,
@@ -189,7 +190,6 @@ SUBJECTS = {
     "depth-disparity": Subject(
         DensePredictorForDepthEstimation, dense(vit, "dpt", depth_target="disparity"), "depth-estimation"
     ),
-    "depth-eva": Subject(DensePredictorForDepthEstimation, dense(eva, "linear")),
     "depth-dinov2": Subject(DensePredictorForDepthEstimation, dense(dinov2, "linear")),
 }
 every_subject = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)

@@ -70,10 +70,13 @@ def to_windows(tokens: Tensor, grid: tuple[int, int], side: int) -> Tensor:
         (batch * windows, side * side, hidden), windows row by row.
     """
     rows, columns = window_grid(grid, side)
+    if torch.compiler.is_exporting():  # views would tie the graph to maps that are, or are not, made of whole windows
+        order = patches_in_windows(grid, side, tokens.device)
+        windows = F.pad(tokens, (0, 0, 0, 1)).index_select(1, order)  # the last token is the padding
+        return windows.flatten(0, 1).unflatten(0, (-1, side * side))
     maps = tokens.unflatten(1, grid)
-    padding = (rows * side - grid[0], columns * side - grid[1])
-    if torch.compiler.is_exporting() or any(padding):  # while exporting, asking would tie the graph to the traced size
-        maps = F.pad(maps, (0, 0, 0, padding[1], 0, padding[0]))
+    if (rows * side, columns * side) != tuple(grid):
+        maps = F.pad(maps, (0, 0, 0, columns * side - grid[1], 0, rows * side - grid[0]))
     windows = maps.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3)
     return windows.flatten(3, 4).flatten(0, 2)
 
@@ -81,6 +84,9 @@ def to_windows(tokens: Tensor, grid: tuple[int, int], side: int) -> Tensor:
 def from_windows(windows: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     """(batch * windows, side * side, hidden) -> (batch, height * width, hidden), without the padding."""
     rows, columns = window_grid(grid, side)
+    if torch.compiler.is_exporting():
+        tokens = windows.flatten(0, 1).unflatten(0, (-1, rows * columns * side * side))
+        return tokens.index_select(1, places_of_patches(grid, side, windows.device))
     maps = windows.unflatten(1, (side, side)).unflatten(0, (-1, rows, columns)).transpose(2, 3)
     maps = maps.flatten(3, 4).flatten(1, 2)  # (batch, rows * side, columns * side, hidden)
     return maps[:, : grid[0], : grid[1]].flatten(1, 2)
@@ -89,6 +95,24 @@ def from_windows(windows: Tensor, grid: tuple[int, int], side: int) -> Tensor:
 def window_grid(grid: tuple[int, int], side: int) -> tuple[int, int]:
     """Windows per column and row, those cut off at the border included."""
     return (grid[0] + side - 1) // side, (grid[1] + side - 1) // side
+
+
+def patches_in_windows(grid: tuple[int, int], side: int, device: torch.device) -> Tensor:
+    """For every position of every window the index of its patch, height * width in the padding: (positions,)."""
+    rows, columns = window_grid(grid, side)
+    position = torch.arange(rows * columns * side * side, device=device)
+    window, inner = position // (side * side), position % (side * side)
+    row, column = window // columns * side + inner // side, window % columns * side + inner % side
+    inside = (row < grid[0]) & (column < grid[1])
+    return torch.where(inside, row * grid[1] + column, grid[0] * grid[1])
+
+
+def places_of_patches(grid: tuple[int, int], side: int, device: torch.device) -> Tensor:
+    """For every patch its position among those of all windows: (height * width,)."""
+    patch = torch.arange(grid[0] * grid[1], device=device)
+    row, column = patch // grid[1], patch % grid[1]
+    window = row // side * window_grid(grid, side)[1] + column // side
+    return (window * side + row % side) * side + column % side
 
 
 class Eva02DetAttention(nn.Module):
