@@ -148,9 +148,9 @@ def _specialized_vit(config: PreTrainedConfig) -> EncoderFacts:
 
 def _sam(config: PreTrainedConfig) -> EncoderFacts:
     facts = _plain_vit(config, num_class_tokens=0)
-    return EncoderFacts(  # the neck, which changes the width, is one more layer
-        hidden_sizes=(*facts.hidden_sizes, config.output_channels),
-        reductions=(*facts.reductions, KEEP),
+    return EncoderFacts(  # the two halves of the neck, which changes the width, are two more layers
+        hidden_sizes=(*facts.hidden_sizes, config.output_channels, config.output_channels),
+        reductions=(*facts.reductions, KEEP, KEEP),
         num_channels=config.num_channels,
         pooled_size=config.output_channels,
     )

@@ -114,8 +114,11 @@ def output_of(
 
 
 def check_whole_patches(config: PreTrainedConfig, facts: EncoderFacts, size: Grid, layer: int):
-    """Refuse image sizes of which some pixels would be left out."""
-    stride = facts.strides[layer]
+    """Refuse image sizes of which some pixels would be left out, but for the size the encoder was made for (SigLIP at
+    384 leaves out six)."""
+    stride, own = facts.strides[layer], getattr(config, "image_size", None)
+    if own is not None and as_pair(own) == size:
+        return
     if any(pixels % step for pixels, step in zip(size, stride, strict=True)):
         nearest = [max(1, round(pixels / step)) * step for pixels, step in zip(size, stride, strict=True)]
         raise ValueError(

@@ -89,7 +89,8 @@ class Swinv2(Swin):
 
 
 class Sam(MapFamily):
-    """SAM: windowed blocks on a map with the channels last; the neck, which changes the width, is the last layer."""
+    """SAM: windowed blocks on a map with the channels last; the two halves of the neck, which changes the width, are the
+    last two layers."""
 
     def model_classes(self, config):
         from transformers.models.sam.modeling_sam import SamVisionEncoder, SamVisionModel
@@ -103,12 +104,14 @@ class Sam(MapFamily):
             hidden_states = hidden_states + self.positions(encoder.pos_embed, hidden_states.shape[-2:])
         yield hidden_states
         hidden_states = hidden_states.movedim(1, -1)
-        last = len(encoder.layers) + 1
+        depth, neck = len(encoder.layers), encoder.neck
         for layer, block in enumerate(encoder.layers, start=1):
             hidden_states = inject(layer, block(hidden_states).movedim(-1, 1))
             yield hidden_states
             hidden_states = hidden_states.movedim(1, -1)
-        yield inject(last, encoder.neck(hidden_states))
+        hidden_states = inject(depth + 1, neck.layer_norm1(neck.conv1(hidden_states.movedim(-1, 1))))
+        yield hidden_states
+        yield inject(depth + 2, neck.layer_norm2(neck.conv2(hidden_states)))
 
     def positions(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
         """The native model takes one image size only; other sizes get resized positions, as in its own descendants."""
