@@ -18,9 +18,9 @@ from vitweave.modeling.grid_matching import (
     pixel_unshuffle_a,
     pixel_unshuffle_b,
     resample_positions,
-    tokens_to_map,
 )
 from vitweave.modeling.projectors import build_projector
+from vitweave.modeling.tokens import tokens_to_map
 
 # official key of a projector -> ours
 MLP_KEYS = {str(2 * index): f"linear_{index + 1}" for index in range(8)}

@@ -7,7 +7,6 @@ from transformers import InternVLConfig, InternVLModel
 
 from vitweave.modeling.grid_matching import (
     RESIZES,
-    UNSHUFFLES,
     align_ac,
     avg_pool,
     bilinear,
@@ -16,8 +15,8 @@ from vitweave.modeling.grid_matching import (
     pixel_unshuffle_a,
     pixel_unshuffle_b,
     resample_positions,
-    tokens_to_map,
 )
+from vitweave.modeling.tokens import tokens_to_map
 
 ROW = torch.tensor([0.0, 1.0, 4.0, 9.0]).view(1, 1, 1, 4)
 
@@ -56,7 +55,7 @@ def test_blocks_that_are_not_whole_are_refused():
         avg_pool(torch.zeros(1, 1, 4, 12), (3, 4))
     with pytest.raises(ValueError, match="multiples of 3x12"):
         align_ac(torch.zeros(1, 1, 4, 12), (3, 12))
-    for unshuffle in UNSHUFFLES.values():
+    for unshuffle in (pixel_unshuffle_a, pixel_unshuffle_b):
         with pytest.raises(ValueError, match="an unshuffling by 4 divides, got 8x6"):
             unshuffle(torch.zeros(1, 1, 8, 6), 4)
 

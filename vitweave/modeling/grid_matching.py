@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitweave.configuration.encoder_fusion_plans import Grid
+from vitweave.modeling.tokens import tokens_to_map
 
 
 def bilinear_ac(feature_map: Tensor, grid: Grid) -> Tensor:
@@ -90,24 +91,18 @@ def check_factor(feature_map: Tensor, factor: int):
         raise ValueError(f"expected a grid that an unshuffling by {factor} divides, got {height}x{width}")
 
 
-# Values of the option `resize` of the fusions, and of `order` of an unshuffling
+# Values of the option `resize` of the fusions
 RESIZES: dict[str, Callable[[Tensor, Grid], Tensor]] = {
     "bilinear_ac": bilinear_ac,
     "bilinear": bilinear,
     "avg_pool": avg_pool,
     "align_ac": align_ac,
 }
-UNSHUFFLES: dict[str, Callable[[Tensor, int], Tensor]] = {"a": pixel_unshuffle_a, "b": pixel_unshuffle_b}
 
 
 def map_to_tokens(feature_map: Tensor) -> Tensor:
     """(batch, channels, height, width) to (batch, height * width, channels), row by row."""
     return feature_map.flatten(2).transpose(1, 2)
-
-
-def tokens_to_map(tokens: Tensor, grid: Grid) -> Tensor:
-    """(batch, height * width, channels), row by row, to (batch, channels, height, width)."""
-    return tokens.transpose(1, 2).unflatten(2, tuple(grid))
 
 
 def resample_positions(
@@ -138,7 +133,7 @@ def resample_positions(
     if not torch.compiler.is_exporting() and tuple(grid) == tuple(stored):
         return table
     prefixes, positions = table[:, :num_prefixes], table[:, num_prefixes:]
-    maps = tokens_to_map(positions.to(torch.promote_types(table.dtype, torch.float32)), stored)
+    maps = tokens_to_map(positions.to(torch.promote_types(table.dtype, torch.float32)), tuple(stored))
     maps = F.interpolate(maps, size=tuple(grid), mode="bicubic", antialias=antialias)
     positions = map_to_tokens(maps).to(table.dtype)
     return torch.cat([prefixes, positions], dim=1) if num_prefixes else positions

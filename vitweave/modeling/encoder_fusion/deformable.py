@@ -11,8 +11,9 @@ from transformers import initialization as init
 
 from vitweave.configuration.encoder_fusion_plans import Grid, plan_deformable
 from vitweave.modeling.encoder_fusion.base import EncoderFusion, EncoderMaps
-from vitweave.modeling.grid_matching import map_to_tokens, tokens_to_map
+from vitweave.modeling.grid_matching import map_to_tokens
 from vitweave.modeling.layer_fusion.base import ZeroLinear
+from vitweave.modeling.tokens import tokens_to_map
 
 
 class OffsetLinear(nn.Linear):
