@@ -12,7 +12,13 @@ from vitweave.modeling.tokens import tokens_to_map
 ENCODERS = [{"model_type": "dinov2", **CASES["dinov2"]}, {"model_type": "convnext", **CASES["convnext"]}]
 TOWERS = [
     ("sequence_concat", {}, None, [{}, {"image_size": [128, 192]}], 48),
-    ("sequence_concat", {"order": "append", "num_prefixes": [1, 0]}, 48, [{"class_token": "keep"}, {"image_size": [64, 96]}], 31),
+    (
+        "sequence_concat",
+        {"order": "append", "num_prefixes": [1, 0]},
+        48,
+        [{"class_token": "keep"}, {"image_size": [64, 96]}],
+        31,
+    ),
     ("channel_concat", {"grid": [2, 3]}, None, None, 6),
     ("add", {}, None, None, 24),
     ("deformable", {"num_heads": 4}, None, None, 24),
