@@ -66,6 +66,8 @@ class MultiEncoderConfig(BackboneConfigMixin, VitweaveConfig):
         self.check_normalisation()
         if self.fusion_type == "mixture_of_resolution":
             self.fusion_options = {"adapter_layers": self.quarters()} | (self.fusion_options or {})
+        if self.fusion_type == "sequence_concat" and any(self.kept_tokens()):
+            self.fusion_options = {"num_prefixes": self.kept_tokens()} | (self.fusion_options or {})
         plan = self.plan  # every size that does not fit is refused here
         self.stage_names = ["map1"] if plan.grid else []
         extra.pop("stage_names", None)
@@ -115,6 +117,16 @@ class MultiEncoderConfig(BackboneConfigMixin, VitweaveConfig):
         """Ends of the first three quarters of the first encoder's blocks."""
         depth = encoder_facts(self.encoder_configs[0]).num_layers
         return sorted({max(1, round(part * depth / 4)) for part in (1, 2, 3)})
+
+    def kept_tokens(self) -> list[int]:
+        """Class tokens and registers each encoder keeps for the fusion; 0 where its config does not tell (timm)."""
+        kept = []
+        for config, options in zip(self.encoder_configs, self.options, strict=True):
+            kept.append(0)
+            if options.class_token == "keep" and config.model_type in ENCODER_FACTS:
+                facts = encoder_facts(config)
+                kept[-1] = facts.num_class_tokens + facts.num_registers
+        return kept
 
     @property
     def options(self) -> list[EncoderOptions]:

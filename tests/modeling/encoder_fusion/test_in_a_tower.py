@@ -14,7 +14,7 @@ TOWERS = [
     ("sequence_concat", {}, None, [{}, {"image_size": [128, 192]}], 48),
     (
         "sequence_concat",
-        {"order": "append", "num_prefixes": [1, 0]},
+        {"order": "append"},
         48,
         [{"class_token": "keep"}, {"image_size": [64, 96]}],
         31,
@@ -60,10 +60,20 @@ def test_a_fresh_tower_is_its_first_encoder(name):
     assert torch.equal(model(PIXELS).feature_maps[0], tokens_to_map(alone, (4, 6)))
 
 
-def test_class_tokens_that_the_plan_does_not_count_are_refused():
-    config = config_of("sequence_concat", {"order": "append"}, 48, [{"class_token": "keep"}, {"image_size": [64, 96]}])
-    with pytest.raises(ValueError, match=r"num_prefixes=\[0, 0\] class tokens and registers, got 1 of encoder 0"):
-        MultiEncoderModel(config)(PIXELS)
+def test_the_config_counts_the_class_tokens_and_registers_that_are_kept():
+    registers = {"model_type": "dinov2_with_registers", **CASES["dinov2_with_registers"]}
+    config = MultiEncoderConfig(
+        encoder_configs=[*ENCODERS, registers],
+        encoder_options=[{"class_token": "keep"}, {"image_size": [64, 96]}, {"class_token": "keep"}],
+        image_size=[32, 48],
+        fusion_type="sequence_concat",
+        fusion_options={"order": "append"},
+    )
+    assert config.num_tokens == 1 + 24 + 6 + 3 + 24
+    assert MultiEncoderModel(config)(PIXELS).last_hidden_state.shape == (2, 58, 32)
+    assert MultiEncoderConfig.from_dict(config.to_dict()).num_tokens == 58
+    with pytest.raises(ValueError, match=r"no class tokens with order='interleave'.* num_prefixes=\[1, 0\]"):
+        config_of("sequence_concat", {}, None, [{"class_token": "keep"}, {"image_size": [128, 192]}])
 
 
 def test_grids_that_do_not_pair_are_refused_by_the_config():
