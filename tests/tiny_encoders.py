@@ -5,7 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vitweave.configuration.encoder_configs import resolve_config
-from vitweave.modeling.vision_encoder import family_of
+from vitweave.modeling.own_models import build_model
 
 PLAIN = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 VIT = {**PLAIN, "intermediate_size": 48}
@@ -73,8 +73,7 @@ FIXED_SIZE = {"sam_vision_model": (32, 32)}  # the native model takes no other
 
 def build(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = resolve_config({"model_type": name.split("-")[0], **CASES[name]})
-    model = family_of(config).build(config).eval()
+    model = build_model(resolve_config({"model_type": name.split("-")[0], **CASES[name]})).eval()
     for parameter in model.parameters():  # larger than the usual start, so that every part shows in the output
         nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else nn.init.normal_(parameter, mean=1.0, std=0.2)
     return model

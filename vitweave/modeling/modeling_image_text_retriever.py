@@ -106,15 +106,9 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
         """
         check_text_model(text_model)
         vision_model = find_vision_model(vision_model)
-        config = ImageTextRetrieverConfig(
-            vision_config=vision_model.config,
-            text_config=text_model.config,
-            attn_implementation={
-                "vision_config": vision_model.config._attn_implementation,
-                "text_config": text_model.config._attn_implementation,
-            },
-            **options,
-        )
+        parts = {"vision_config": vision_model.config, "text_config": text_model.config}
+        implementations = {name: part._attn_implementation for name, part in parts.items()}
+        config = ImageTextRetrieverConfig(**parts, attn_implementation=implementations, **options)
         for module in (*vision_model.modules(), *text_model.modules()):
             module._is_hf_initialized = True  # otherwise modules without the mark, e.g. new adapters, are drawn anew
         model = cls(config, vision_model, text_model)

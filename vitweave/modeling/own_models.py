@@ -31,10 +31,17 @@ def _multi_encoder_vision() -> dict[str, type[PreTrainedModel]]:
     return {"model": MultiEncoderModel, "backbone": MultiEncoderBackbone}
 
 
+def _pix2struct_vision_model() -> dict[str, type[PreTrainedModel]]:
+    from transformers import Pix2StructVisionModel  # not ours, but AutoModel does not know it
+
+    return {"model": Pix2StructVisionModel}
+
+
 OWN_MODELS = {
     "eva02_det_vit": _eva02_det_vit,
     "layer_fusion_vision": _layer_fusion_vision,
     "multi_encoder_vision": _multi_encoder_vision,
+    "pix2struct_vision_model": _pix2struct_vision_model,
     "specialized_vit": _specialized_vit,
 }
 
@@ -48,6 +55,7 @@ def build_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """The backbone of a config (random weights): own types first, then `AutoBackbone`."""
-    if config.model_type in OWN_MODELS:
-        return OWN_MODELS[config.model_type]()["backbone"](config)
+    own = OWN_MODELS.get(config.model_type, dict)()
+    if "backbone" in own:
+        return own["backbone"](config)
     return AutoBackbone.from_config(config)

@@ -6,11 +6,12 @@ from os import PathLike
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from vitweave.configuration.encoder_configs import resolve_config
 from vitweave.configuration.encoder_facts import EncoderFacts, check_class_token, vision_part
+from vitweave.modeling.own_models import build_model
 from vitweave.modeling.tokens import split_prefix, tokens_to_map
 from vitweave.modeling.vision_families.base import Inject, VisionFamily, unchanged
 from vitweave.modeling.vision_families.registry import PATCHES_ONLY_FAMILIES, VISION_FAMILIES
@@ -113,7 +114,8 @@ class VisionEncoder(nn.Module):
             model = find_vision_model(config_or_model)
         else:
             config = vision_part(resolve_config(config_or_model, role="the encoder's config"))
-            model = family_of(config, class_token).build(config)  # an unknown kind is refused before it is built
+            family_of(config, class_token)  # an unknown kind is refused before it is built
+            model = build_model(config)
         self.model, self.class_token = model, class_token
         self.family = family_of(model.config, class_token)
         self.facts: EncoderFacts = self.family.facts(model)
@@ -139,6 +141,11 @@ class VisionEncoder(nn.Module):
         config = AutoConfig.from_pretrained(name, **{key: options[key] for key in HUB_OPTIONS if key in options})
         part = vision_part(config)
         family_of(part, class_token)
+        if type(part) not in MODEL_MAPPING and not hasattr(part, "auto_map"):
+            raise ValueError(
+                f"AutoModel knows no {part.model_type!r}: load {name} with the class it was saved from, and give that"
+                " model to VisionEncoder"
+            )
         model, info = AutoModel.from_pretrained(name, config=part, output_loading_info=True, **options)
         missing = sorted(info["missing_keys"])
         if missing and part is not config:  # a tower that sits deeper in the checkpoint is loaded with its host

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_encoders import CASES, build
+from transformers import Pix2StructConfig, Pix2StructForConditionalGeneration
 from transformers.models.pix2struct.image_processing_pil_pix2struct import Pix2StructImageProcessorPil
 
 from vitweave.configuration.encoder_facts import encoder_facts
@@ -88,6 +89,15 @@ def test_grids_within_the_budget():
     config = build(NAME).config
     del config.max_patches
     assert encoder_facts(config).max_patches == 2048
+
+
+def test_the_encoder_of_a_whole_model_is_taken(tmp_path):
+    text = {"hidden_size": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
+    host = Pix2StructForConditionalGeneration(Pix2StructConfig(vision_config=CASES[NAME], text_config=text))
+    assert VisionEncoder(host).model is host.encoder
+    host.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"AutoModel knows no 'pix2struct_vision_model'.*give that model"):
+        VisionEncoder.from_pretrained(tmp_path)
 
 
 def test_what_does_not_fit_is_refused():

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from vitweave.configuration.encoder_facts import EncoderFacts, encoder_facts
-from vitweave.modeling.own_models import build_model
 
 Inject = Callable[[int, Tensor], Tensor]  # (layer, its state) -> the state that goes on instead
 
@@ -32,10 +31,6 @@ class VisionFamily:
     def model_classes(self, config: PreTrainedConfig) -> type[PreTrainedModel] | tuple[type[PreTrainedModel], ...]:
         """The classes this family can run."""
         return MODEL_MAPPING.get(type(config), ())
-
-    def build(self, config: PreTrainedConfig) -> PreTrainedModel:
-        """The model of a config, with random weights."""
-        return build_model(config)
 
     def facts(self, model: PreTrainedModel) -> EncoderFacts:
         return encoder_facts(model.config)

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitweave.configuration.encoder_facts import encoder_facts
+from vitweave.modeling.own_models import OWN_MODELS
 from vitweave.modeling.vision_families.base import VisionFamily
 from vitweave.modeling.vision_families.vit import cut_patches
 
@@ -22,12 +23,7 @@ class Pix2Struct(VisionFamily):
     blocks = "encoder.layer"
 
     def model_classes(self, config):
-        from transformers import Pix2StructVisionModel
-
-        return Pix2StructVisionModel
-
-    def build(self, config):
-        return self.model_classes(config)._from_config(config)  # AutoModel does not know it
+        return OWN_MODELS[config.model_type]()["model"]
 
     def check_size(self, model, height, width):
         rows, columns = encoder_facts(model.config).grid_for(height, width)
