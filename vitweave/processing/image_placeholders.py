@@ -47,6 +47,6 @@ def check_placeholders(images: Sequence[Sequence], placeholders: Sequence[int], 
     for sample, (own, found) in enumerate(zip(images, placeholders, strict=True)):
         if len(own) != found:
             raise ValueError(
-                f"sample {sample}: expected one {image_token!r} for each of its images ({len(own)}), found {found} in the "
-                f"text; likely cause: {likely_cause(len(own), found, image_token)}"
+                f"sample {sample}: expected one {image_token!r} for each of its images ({len(own)}), found {found} in "
+                f"the text; likely cause: {likely_cause(len(own), found, image_token)}"
             )

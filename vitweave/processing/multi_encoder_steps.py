@@ -44,7 +44,7 @@ def check_tower_options(
     if tiling_options(tiling) is not None:
         if do_pad_square:
             raise ValueError("tiling stretches an image onto its grid of tiles; use do_pad_square=None or tiling=None")
-        if not do_resize or size.height != size.width:
+        if do_resize is False or size.height != size.width:
             raise ValueError(
                 f"tiling needs do_resize=True and square tiles, got do_resize={do_resize} and size "
                 f"{size.height}x{size.width} (height x width)"

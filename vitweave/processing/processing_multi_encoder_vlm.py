@@ -19,7 +19,8 @@ CHAT_TEMPLATE = (
     "{{ eos_token | default('') }}{% endgeneration %}"
     "{% elif message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ 'IMAGE_TOKEN\n' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}{{ 'IMAGE_TOKEN\n' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}"
     "{{ '\n' }}"
     "{% endfor %}"
@@ -128,8 +129,9 @@ class MultiEncoderVlmProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         """Texts as a list, and images as one list per text."""
         text = [text] if isinstance(text, str) else text
-        if text is not None and not (isinstance(text, (list, tuple)) and all(isinstance(one, str) for one in text)):
-            raise ValueError(f"expected a text or a list of texts, got {type(text).__name__}: {text!r:.100}")
+        listed = isinstance(text, (list, tuple)) and len(text) > 0 and all(isinstance(one, str) for one in text)
+        if text is not None and not listed:
+            raise ValueError(f"expected a text or a list of at least one text, got {type(text).__name__} {text!r:.100}")
         images, text, *others = super().prepare_inputs_layout(
             images=images, text=None if text is None else list(text), **kwargs
         )
@@ -146,8 +148,6 @@ class MultiEncoderVlmProcessor(ProcessorMixin):
         if strange:
             raise ValueError(f"expected images and text, got {strange} too, which this model does not take")
         if text is not None:
-            if not text:
-                raise ValueError("expected at least one text, got an empty list")
             images = [[] for _ in text] if images is None else images
             check_placeholders(images, self._count_placeholders(text), self.image_token)
         super().validate_inputs(images=images, text=text, **kwargs)
@@ -201,7 +201,7 @@ class MultiEncoderVlmProcessor(ProcessorMixin):
 
     def _check_budget(self, encoded: BatchFeature) -> None:
         """Refuse samples with more tokens than the language model takes."""
-        masks = encoded["attention_mask"] if "attention_mask" in encoded else None
+        masks = encoded.get("attention_mask")
         for sample, ids in enumerate(encoded["input_ids"]):
             ids = [int(index) for index in ids]
             length = len(ids) if masks is None else sum(int(one) for one in masks[sample])
