@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from vitweave.configuration.encoder_fusion_plans import FUSION_PLANS
+from vitweave.configuration.encoder_fusion_plans import FUSION_PLANS, sva_grids
 from vitweave.modeling.encoder_fusion.base import EncoderMaps
 from vitweave.modeling.encoder_fusion.registry import build_encoder_fusion
 from vitweave.modeling.encoder_fusion.sva_layers import WindowAttention, WindowReader, cut_windows
+from vitweave.modeling.grid_matching import bilinear
 from vitweave.modeling.visible_tokens import visible_cells
 
 NAME = "spatial_vision_aggregator"
@@ -79,7 +80,8 @@ def by_formula(fusion, given: EncoderMaps) -> torch.Tensor:
     for image in range(given.maps[0].shape[0]):
         states = [p(part[image].permute(1, 2, 0)) for p, part in zip(fusion.projections, given.maps, strict=True)]
         context, groups = states[0].flatten(0, 1).mean(0), []
-        for sampler, start, (rows, columns) in zip(fusion.samplers, fusion.query, fusion.query_grids, strict=True):
+        _, queries, final = sva_grids([tuple(part.shape[-2:]) for part in given.maps], **fusion.sides)
+        for sampler, start, (rows, columns) in zip(fusion.samplers, fusion.query, queries, strict=True):
             out = torch.empty(rows, columns, start.shape[0], dtype=start.dtype)
             for y in range(rows):
                 for x in range(columns):
@@ -96,7 +98,7 @@ def by_formula(fusion, given: EncoderMaps) -> torch.Tensor:
                     for layer in sampler.layers:
                         q = one_position(layer, q, context, windows, masks)
                     out[y, x] = q
-            out = F.interpolate(out.permute(2, 0, 1)[None], size=fusion.plan.grid, mode="bilinear")
+            out = F.interpolate(out.permute(2, 0, 1)[None], size=final, mode="bilinear")
             groups.append(out[0])
         images.append(torch.cat(groups).flatten(1).mT)
     return torch.stack(images)
@@ -115,18 +117,29 @@ def test_equals_the_formula(options, sizes):
 
 
 @torch.no_grad()
-def test_grids_need_not_be_square_and_other_maps_are_resized():
+def test_grids_need_not_be_square():
     grids = [(2, 3), (4, 3), (6, 9)]
     fusion, given = build(grids).double(), features(grids=grids, sizes=None, dtype=torch.float64)
     assert fusion.plan.grid == (2, 3)
     torch.testing.assert_close(fusion(given), by_formula(fusion, given), rtol=1e-10, atol=1e-10)
-    other = features(grids=[(3, 3), (5, 7), (6, 9)], sizes=None, dtype=torch.float64)
-    resized = [
-        F.interpolate(part, size=grid, mode="bilinear") for part, grid in zip(other.maps, fusion.map_grids, strict=True)
-    ]
-    torch.testing.assert_close(fusion(other), fusion(EncoderMaps(resized)))
-    asked = build(tower_sides=[2, [4, 2], 6], query_sides=[2])
-    assert asked.map_grids == [(2, 2), (4, 2), (6, 6)] and asked.num_tokens == 4
+
+
+@torch.no_grad()
+def test_larger_images_get_more_queries_unless_sides_are_given():
+    grids = [(4, 6), (4, 6), (8, 12)]
+    given = features(grids=grids, sizes=None, dtype=torch.float64)
+    fusion = build().double()
+    assert fusion.plan_for(grids).grid == (4, 6)
+    torch.testing.assert_close(fusion(given), by_formula(fusion, given), rtol=1e-10, atol=1e-10)
+    uneven = EncoderMaps([*given.maps[:2], F.interpolate(given.maps[2], size=(7, 11))])
+    assert fusion(uneven).shape == (2, 24, 32)
+
+    resized = EncoderMaps([bilinear(part, grid) for part, grid in zip(given.maps, GRIDS, strict=True)])
+    fixed = build(query_sides=[4]).double()
+    assert fixed.plan_for(grids) == fixed.plan
+    torch.testing.assert_close(fixed(given), by_formula(fusion, resized), rtol=1e-10, atol=1e-10)
+    asked = build(tower_sides=[2, [4, 2], 6])
+    assert asked.plan_for(grids) == asked.plan and asked.plan.grid == (2, 2)
     assert asked(features(sizes=None)).shape == (2, 4, 32)
 
 
@@ -142,7 +155,7 @@ def test_padding_says_nothing_to_the_visible_part(options):
     for index in (1, 2):  # the first map is also the context, the mean of all its cells
         padding = ~visible_cells(SIZES, GRIDS[index][0])[:, None].expand_as(changed.maps[index])
         changed.maps[index][padding] += 10
-    visible = torch.stack([has_visible(grid, fusion.query_grids[0]) for grid in GRIDS]).all(0)
+    visible = torch.stack([has_visible(grid, fusion.plan.grid) for grid in GRIDS]).all(0)
     a, b, whole = fusion(given), fusion(changed), fusion(features(sizes=None))
     assert visible.any() and torch.equal(a[visible], b[visible])
     assert torch.equal(a, b) == visible.all()  # windows of nothing but padding are read

@@ -33,10 +33,14 @@ class SpatialVisionAggregatorFusion(EncoderFusion):
 
     Every map is projected to `vision_hidden_size`. Each query group is one learnt vector at every cell of its grid; its
     layers attend from each cell to the windows of all maps that cover it, with the mean of the first map as context.
-    The groups are resized to the final grid and concatenated. Maps of another grid than the one the fusion was built
-    for are resized, bilinear. With `image_sizes`, cells that show only padding are not attended to; a window without
-    any visible cell is read whole. What the released code does between the layers of its language model is
-    `SpatialVisionSampler` with the language model's width as `query_size`; newlines are `add_newlines`.
+    The groups are resized to the final grid and concatenated. With `image_sizes`, cells that show only padding are not
+    attended to; a window without any visible cell is read whole. What the released code does between the layers of its
+    language model is `SpatialVisionSampler` with the language model's width as `query_size`; newlines are
+    `add_newlines`.
+
+    Windows keep their size, which their position embeddings have. So images of another size get another number of
+    queries where neither `query_sides` nor `tower_sides` are given; otherwise their maps are resized, bilinear, to the
+    grids the fusion was built for.
 
     The weights of released checkpoints want `tower_sides=[24, 24, 24, 96]`, and the defaults.
 
@@ -65,23 +69,24 @@ class SpatialVisionAggregatorFusion(EncoderFusion):
         num_heads: int = 16,
         layer_type: str = "joint",
     ):
-        map_grids, queries, final = sva_grids(grids, query_sides, final_side, tower_sides)
+        map_grids, queries, _ = sva_grids(grids, query_sides, final_side, tower_sides)
+        fixed = map_grids if query_sides is not None else tower_sides
+        self.sides = {"query_sides": query_sides, "final_side": final_side, "tower_sides": fixed}
         sizes = {"vision_hidden_size": vision_hidden_size, "hidden_size": hidden_size}
-        sides = {"query_sides": queries, "final_side": final, "tower_sides": map_grids}
-        super().__init__(partial(plan_spatial_vision_aggregator, in_channels, **sizes, **sides), grids)
+        super().__init__(partial(plan_spatial_vision_aggregator, in_channels, **sizes, **self.sides), grids)
         if depth < 1:
             raise ValueError(f"expected at least one layer, got depth={depth}")
         if num_heads < 1 or vision_hidden_size % num_heads:
             raise ValueError(f"expected num_heads to divide vision_hidden_size={vision_hidden_size}, got {num_heads}")
-        self.map_grids, self.query_grids = map_grids, queries
+        # of the first query group, height and width on each map
+        self.windows = [(grid[0] // queries[0][0], grid[1] // queries[0][1]) for grid in map_grids]
         width = vision_hidden_size
         self.projections = nn.ModuleList(EncoderProjection(channels, width) for channels in in_channels)
         self.query = nn.Parameter(torch.empty(len(queries), width))
         in_features = [width] * len(map_grids)
-        windows = [[cells(grid) // cells(query) for grid in map_grids] for query in queries]
         self.samplers = nn.ModuleList(
             SpatialVisionSampler(depth, width, width, in_features, num_cells, width, num_heads, layer_type)
-            for num_cells in windows
+            for num_cells in ([cells(grid) // cells(query) for grid in map_grids] for query in queries)
         )
         self.set_start_values()
 
@@ -90,29 +95,20 @@ class SpatialVisionAggregatorFusion(EncoderFusion):
         init.normal_(self.query, std=self.query.shape[1] ** -0.5)
 
     def forward(self, features: EncoderMaps) -> Tensor:
+        seen = [(part.shape[-2], part.shape[-1]) for part in features.maps]
+        _, queries, final = sva_grids(seen, **self.sides)
+        grids = [(queries[0][0] * high, queries[0][1] * wide) for high, wide in self.windows]
         states = [
             projection(bilinear(feature_map, grid).permute(0, 2, 3, 1))  # (batch, height, width, hidden)
-            for projection, feature_map, grid in zip(self.projections, features.maps, self.map_grids, strict=True)
+            for projection, feature_map, grid in zip(self.projections, features.maps, grids, strict=True)
         ]
         context = states[0].flatten(1, 2).mean(dim=1, keepdim=True)
-        visible = self.visible(features.image_sizes)
+        visible = None if features.image_sizes is None else visible_maps(features.image_sizes, grids)
         groups = [
-            self.aggregate(sampler, query, grid, states, context, visible)
-            for sampler, query, grid in zip(self.samplers, self.query.unbind(0), self.query_grids, strict=True)
+            bilinear(self.aggregate(sampler, query, grid, states, context, visible), final)
+            for sampler, query, grid in zip(self.samplers, self.query.unbind(0), queries, strict=True)
         ]
         return torch.cat(groups, dim=1).flatten(2).transpose(1, 2)  # (batch, tokens, hidden)
-
-    def visible(self, image_sizes: Tensor | None) -> list[Tensor] | None:
-        """Of each map (batch, height, width, 1), True where a cell shows the image."""
-        if image_sizes is None:
-            return None
-        oblong = [grid for grid in self.map_grids if grid[0] != grid[1]]
-        if oblong:
-            raise ValueError(
-                f"image_sizes say how images were padded to squares, but a map has {oblong[0][0]}x{oblong[0][1]} cells;"
-                " leave image_sizes out"
-            )
-        return [visible_cells(image_sizes, grid[0]).unsqueeze(-1) for grid in self.map_grids]
 
     def aggregate(
         self,
@@ -123,7 +119,7 @@ class SpatialVisionAggregatorFusion(EncoderFusion):
         context: Tensor,
         visible: list[Tensor] | None,
     ) -> Tensor:
-        """(batch, hidden, height, width) of one query group on the final grid."""
+        """(batch, hidden, height, width) of one query group on its own grid."""
         windows = [cut_windows(part, grid) for part in states]
         mask = None
         if visible is not None:
@@ -131,4 +127,15 @@ class SpatialVisionAggregatorFusion(EncoderFusion):
             mask = torch.cat([part | ~part.any(dim=-1, keepdim=True) for part in masks], dim=-1)
         start = query.expand(context.shape[0], 1, -1)  # the same at every position until the first layer has run
         tokens = sampler(start, context, windows, mask)  # (batch, positions, hidden)
-        return bilinear(tokens.transpose(1, 2).unflatten(2, grid), self.plan.grid)
+        return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def visible_maps(image_sizes: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
+    """Of each map (batch, height, width, 1), True where a cell shows the image."""
+    for height, width in grids:
+        if height != width:
+            raise ValueError(
+                f"image_sizes say how images were padded to squares, but a map has {height}x{width} cells; leave"
+                " image_sizes out"
+            )
+    return [visible_cells(image_sizes, grid[0]).unsqueeze(-1) for grid in grids]
