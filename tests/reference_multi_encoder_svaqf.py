@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vitweave.modeling.encoder_fusion.base import EncoderMaps
 from vitweave.modeling.encoder_fusion.spatial_vision_aggregator import SpatialVisionAggregatorFusion
-from vitweave.modeling.encoder_fusion.sva_layers import SpatialVisionSampler
+from vitweave.modeling.sva_layers import SpatialVisionSampler
 from vitweave.modeling.visible_tokens import add_newlines
 
 SAMPLER_NAMES = [

@@ -83,6 +83,7 @@ class MultiEncoderTrunk(MultiEncoderPreTrainedModel):
         self.fusion = build_encoder_fusion(
             config.fusion_type, config.in_channels, config.grids, config.hidden_size, config.fusion_options
         )
+        self.hand_down_attention()
         self.check_encoders()
 
     @classmethod
@@ -111,6 +112,13 @@ class MultiEncoderTrunk(MultiEncoderPreTrainedModel):
     def encoders(self) -> list[VisionEncoder]:
         """All encoders in the order of the config."""
         return [getattr(self, f"encoder_{index}") for index in range(len(self.config.encoder_configs))]
+
+    def hand_down_attention(self):
+        """Tell models of transformers inside the fusion which attention to use; they are no sub-configs."""
+        implementation = self.config._attn_implementation
+        for part in self.fusion.modules():
+            if isinstance(part, PreTrainedModel) and implementation in ("eager", "sdpa"):
+                part.set_attn_implementation(implementation)
 
     def check_encoders(self):
         """Refuse encoders whose features are not what their options say, and class tokens that nobody reads."""

@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfig
 from vitweave.configuration.encoder_fusion_plans import FUSION_PLANS, FusionPlan
 from vitweave.modeling.encoder_fusion.base import EncoderMaps
 from vitweave.modeling.encoder_fusion.query_former import keep_encoders
 from vitweave.modeling.encoder_fusion.registry import build_encoder_fusion
+from vitweave.modeling.modeling_multi_encoder import MultiEncoderModel
 
 NAME = "query_former"
 CHANNELS, GRIDS = [24, 40, 32], [(3, 5), (2, 2), (4, 4)]
@@ -132,6 +134,22 @@ def test_both_kinds_of_attention_agree():
     found = fusion(given)
     torch.testing.assert_close(found, expected)
     assert not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_tower_hands_its_attention_and_checkpointing_down(implementation, tmp_path):
+    sizes = {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+    options = {"fusion_type": NAME, "fusion_options": SMALL, "attn_implementation": implementation}
+    tower = MultiEncoderModel(MultiEncoderConfig(encoder_configs=[sizes] * 2, image_size=32, **options))
+    assert tower.fusion.query.std() < 0.05
+    assert tower.fusion.q_former.config._attn_implementation == implementation
+    tower.save_pretrained(tmp_path)
+    loaded = MultiEncoderModel.from_pretrained(tmp_path, attn_implementation=implementation).eval()
+    pixel_values = torch.randn(2, 3, 32, 32)
+    assert torch.equal(*(each(pixel_values).last_hidden_state for each in (tower.eval(), loaded)))
+    assert loaded.fusion.q_former.config._attn_implementation == implementation
+    loaded.gradient_checkpointing_enable()
+    assert all(block.gradient_checkpointing for block in loaded.fusion.q_former.encoder.layer)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfig
 from vitweave.configuration.encoder_fusion_plans import FUSION_PLANS, sva_grids
 from vitweave.modeling.encoder_fusion.base import EncoderMaps
 from vitweave.modeling.encoder_fusion.registry import build_encoder_fusion
-from vitweave.modeling.encoder_fusion.sva_layers import WindowAttention, WindowReader, cut_windows
 from vitweave.modeling.grid_matching import bilinear
+from vitweave.modeling.modeling_multi_encoder import MultiEncoderModel
+from vitweave.modeling.sva_layers import WindowAttention, WindowReader, cut_windows
 from vitweave.modeling.visible_tokens import visible_cells
 
 NAME = "spatial_vision_aggregator"
@@ -285,12 +287,29 @@ def test_large_windows_are_not_projected_cell_by_cell():
     assert flops(few) < 0.2 * flops(many)
 
 
-def test_start_values():
-    fusion = build_encoder_fusion(NAME, CHANNELS, GRIDS, options={"depth": 1})
-    assert fusion.query.std().item() == pytest.approx(1024**-0.5, rel=0.1)
-    places = fusion.samplers[0].layers[0].pos_embed_2
-    assert places.shape == (4, 1024) and places.std().item() == pytest.approx(1, rel=0.1)
+def test_a_tower_starts_and_loads(tmp_path):
+    vit = {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MultiEncoderConfig(
+        encoder_configs=[vit | {"image_size": 32}, vit | {"image_size": 64}],
+        encoder_options=[{"image_size": 32}, {}],
+        image_size=64,
+        fusion_type=NAME,
+        fusion_options={"vision_hidden_size": 512, "depth": 1},
+    )
+    tower = MultiEncoderModel(config).eval()
+    fusion, pixel_values = tower.fusion, torch.randn(2, 3, 64, 64)
+    assert fusion.query.std().item() == pytest.approx(512**-0.5, rel=0.15)
+    places = fusion.samplers[0].layers[0].pos_embed_1
+    assert places.shape == (4, 512) and places.std().item() == pytest.approx(1, rel=0.1)
     assert fusion.samplers[0].layers[0].pos_embed_0 is None
+
+    tower.save_pretrained(tmp_path)
+    loaded = MultiEncoderModel.from_pretrained(tmp_path).eval()
+    tokens, again = (each(pixel_values, image_sizes=SIZES).last_hidden_state for each in (tower, loaded))
+    assert torch.equal(tokens, again) and tokens.shape == (2, config.num_tokens, 512)
+    assert not torch.equal(tower(pixel_values).last_hidden_state, tokens)
+    larger = tower(torch.randn(1, 3, 64, 96)).last_hidden_state
+    assert larger.shape[1] == config.plan_for((64, 96)).num_tokens == 6
 
 
 @pytest.mark.parametrize(

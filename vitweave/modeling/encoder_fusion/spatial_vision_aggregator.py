@@ -10,8 +10,8 @@ from transformers import initialization as init
 
 from vitweave.configuration.encoder_fusion_plans import Grid, cells, plan_spatial_vision_aggregator, sva_grids
 from vitweave.modeling.encoder_fusion.base import EncoderFusion, EncoderMaps
-from vitweave.modeling.encoder_fusion.sva_layers import SpatialVisionSampler, cut_windows
 from vitweave.modeling.grid_matching import bilinear
+from vitweave.modeling.sva_layers import SpatialVisionSampler, cut_windows
 from vitweave.modeling.visible_tokens import visible_cells
 
 
