@@ -461,3 +461,34 @@ def test_modeling_files_keep_their_annotations():
 def test_postponed_annotations_are_refused(tmp_path):
     with pytest.raises(TypeError, match="from __future__ import annotations"):
         type("Postponed", (ToyPreTrainedModel,), {"config_class": "ToyConfig"})
+
+
+class Opening(nn.Module):
+    """Has no tensor of its own, and starts its child at one."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.set_start_values()
+
+    def set_start_values(self):
+        init.ones_(self.linear.weight)
+
+
+class WithOpening(ToyPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.opening, self.later = Opening(), Opening()
+        self.post_init()
+
+
+def test_modules_without_tensors_set_the_start_values_of_their_children(tmp_path):
+    model = WithOpening(ToyConfig())
+    assert model.opening.linear.weight.eq(1).all()
+    nn.init.normal_(model.opening.linear.weight)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if "later" not in name}, tmp_path / "model.safetensors")
+    loaded, info = WithOpening.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] and loaded.later.linear.weight.eq(1).all()
+    assert torch.equal(loaded.opening.linear.weight, model.opening.linear.weight)

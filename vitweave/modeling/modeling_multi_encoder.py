@@ -297,7 +297,7 @@ class MultiEncoderBackbone(BackboneMixin, MultiEncoderTrunk):
                 f"the fusion {config.fusion_type!r} with the options {config.fusion_options} returns a sequence, so it"
                 " has no map for a backbone; use one that keeps a grid, e.g. 'channel_concat'"
             )
-        self.num_features = [self.fusion.hidden_size]
+        self.stage_names, self.num_features = config.stage_names, [self.fusion.hidden_size]
         self.post_init()
         self.freeze()
 

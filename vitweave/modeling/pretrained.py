@@ -113,6 +113,15 @@ class VitweavePreTrainedModel(PreTrainedModel):
         if hasattr(module, "set_start_values"):
             module.set_start_values()
 
+    def _initialize_weights(self, module: nn.Module, *args, **kwargs):
+        """As in transformers, which passes by every module of other packages without tensors of its own: start values
+        that such a module gives to its children are set here. What was loaded keeps its values."""
+        known = getattr(module, "_is_hf_initialized", False)
+        super()._initialize_weights(module, *args, **kwargs)
+        has_tensors = any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+        if not known and not has_tensors and hasattr(module, "set_start_values"):
+            module.set_start_values()
+
     def _own_buffers(self) -> list[tuple[str, Tensor]]:
         """Non-persistent buffers of our own modules: transformers gives them empty memory when it loads a model."""
         native = self._native_prefixes()

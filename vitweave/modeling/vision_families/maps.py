@@ -89,7 +89,7 @@ class Swinv2(Swin):
 
 
 class Sam(MapFamily):
-    """SAM: windowed blocks on a map with the channels last; the two halves of the neck, which changes the width, are the
+    """SAM: windowed blocks on a map with the channels last; the halves of the neck, which changes the width, are the
     last two layers."""
 
     def model_classes(self, config):
