@@ -1,8 +1,10 @@
-"""A tiny tokenizer and processor for vision-language models."""
+"""A tiny vision-language model, and its tokenizer and processor."""
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfig
+from vitweave.configuration.configuration_multi_encoder_vlm import MultiEncoderVlmConfig
 from vitweave.processing.image_processing_pil_multi_encoder import MultiEncoderImageProcessorPil
 from vitweave.processing.processing_multi_encoder_vlm import MultiEncoderVlmProcessor
 
@@ -35,3 +37,26 @@ def tiny_vlm_processor(size: int = 32, num_image_tokens: int = 16, tiling=None, 
     image_processor = MultiEncoderImageProcessorPil(size=size, tiling=tiling)
     facts = {"num_image_tokens": num_image_tokens, "grid": [4, 4] if num_image_tokens == 16 else None}
     return MultiEncoderVlmProcessor(image_processor, tiny_tokenizer(), **facts | options)
+
+
+VIT = {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+VIT |= {"intermediate_size": 48, "image_size": 32, "patch_size": 8}
+CONVNEXT = {"model_type": "convnext", "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+
+
+def tiny_tower(**options) -> MultiEncoderConfig:
+    """A ViT and a ConvNeXt that sees 64 pixels, on 4x4 tokens for 32x32 pixels."""
+    layers = {"image_size": 64, "layer": 3, "class_token": "drop_after"}
+    given = {"encoder_configs": [VIT, CONVNEXT], "encoder_options": [{}, layers], "image_size": 32}
+    return MultiEncoderConfig(**given | options)
+
+
+def tiny_llama(**options) -> LlamaConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return LlamaConfig(**{"vocab_size": len(tiny_tokenizer()), "max_position_embeddings": 512} | sizes | ids | options)
+
+
+def tiny_vlm_config(tower: dict | None = None, text: dict | None = None, **options) -> MultiEncoderVlmConfig:
+    given = {"vision_config": tiny_tower(**tower or {}), "text_config": tiny_llama(**text or {}), "image_token_id": 4}
+    return MultiEncoderVlmConfig(**given | options)

@@ -6,6 +6,7 @@ from transformers import (
     AutoModel,
     AutoModelForDepthEstimation,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForSemanticSegmentation,
     AutoModelForZeroShotImageClassification,
 )
@@ -18,6 +19,8 @@ from vitweave.configuration.configuration_dense_predictor import DensePredictorC
 from vitweave.configuration.configuration_eva02_det import Eva02DetConfig
 from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
+from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfig
+from vitweave.configuration.configuration_multi_encoder_vlm import MultiEncoderVlmConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
@@ -28,6 +31,12 @@ from vitweave.modeling.modeling_layer_fusion import (
     LayerFusionForImageClassification,
     LayerFusionModel,
 )
+from vitweave.modeling.modeling_multi_encoder import (
+    MultiEncoderBackbone,
+    MultiEncoderForImageClassification,
+    MultiEncoderModel,
+)
+from vitweave.modeling.modeling_multi_encoder_vlm import MultiEncoderVlmForConditionalGeneration, MultiEncoderVlmModel
 from vitweave.modeling.modeling_specialized_vit import (
     SpecializedViTBackbone,
     SpecializedViTForImageClassification,
@@ -43,6 +52,8 @@ from vitweave.processing.image_processing_pil_segmentation import SegmentationIm
 from vitweave.processing.image_processing_segmentation import SegmentationImageProcessor
 from vitweave.processing.processing_figure_text import FigureTextProcessor
 from vitweave.processing.processing_multi_encoder_vlm import MultiEncoderVlmProcessor
+
+TILES = {"torchvision": MultiEncoderImageProcessor, "pil": MultiEncoderImageProcessorPil}
 
 # config class, {Auto class: model class}, image processors by backend, one dict per task (None: the host's own is kept)
 FAMILIES = (
@@ -64,6 +75,20 @@ FAMILIES = (
             AutoModelForImageClassification: LayerFusionForImageClassification,
         },
         None,
+    ),
+    (
+        MultiEncoderConfig,
+        {
+            AutoModel: MultiEncoderModel,
+            AutoBackbone: MultiEncoderBackbone,
+            AutoModelForImageClassification: MultiEncoderForImageClassification,
+        },
+        (TILES,),
+    ),
+    (
+        MultiEncoderVlmConfig,
+        {AutoModelForImageTextToText: MultiEncoderVlmForConditionalGeneration, AutoModel: MultiEncoderVlmModel},
+        (TILES,),
     ),
     (
         ImageTextRetrieverConfig,
@@ -96,6 +121,4 @@ def register():
             key = config_class if index == 0 else by_backend["torchvision"]
             AutoImageProcessor.register(key, image_processor_classes=by_backend, exist_ok=True)
     AutoProcessor.register(ImageTextRetrieverConfig, FigureTextProcessor, exist_ok=True)
-    tiling = {"torchvision": MultiEncoderImageProcessor, "pil": MultiEncoderImageProcessorPil}
-    AutoImageProcessor.register(MultiEncoderImageProcessor, image_processor_classes=tiling, exist_ok=True)
-    AutoProcessor.register(MultiEncoderVlmProcessor, MultiEncoderVlmProcessor, exist_ok=True)
+    AutoProcessor.register(MultiEncoderVlmConfig, MultiEncoderVlmProcessor, exist_ok=True)

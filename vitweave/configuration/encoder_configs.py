@@ -23,6 +23,12 @@ def _multi_encoder_vision() -> type[PreTrainedConfig]:
     return MultiEncoderConfig
 
 
+def _multi_encoder_vlm() -> type[PreTrainedConfig]:
+    from vitweave.configuration.configuration_multi_encoder_vlm import MultiEncoderVlmConfig
+
+    return MultiEncoderVlmConfig
+
+
 def _specialized_vit() -> type[PreTrainedConfig]:
     from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 
@@ -34,6 +40,7 @@ OWN_CONFIGS: dict[str, Callable[[], type[PreTrainedConfig]]] = {
     "eva02_det_vit": _eva02_det_vit,
     "layer_fusion_vision": _layer_fusion_vision,
     "multi_encoder_vision": _multi_encoder_vision,
+    "multi_encoder_vlm": _multi_encoder_vlm,
     "specialized_vit": _specialized_vit,
 }
 

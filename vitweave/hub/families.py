@@ -11,8 +11,12 @@ from transformers.utils import is_torchvision_available
 from vitweave.auto import FAMILIES
 from vitweave.hub.flatten import module_source
 from vitweave.processing.processing_figure_text import FigureTextProcessor
+from vitweave.processing.processing_multi_encoder_vlm import MultiEncoderVlmProcessor
 
-JOINT_PROCESSORS = {"FigureTextProcessor": FigureTextProcessor}  # of images and texts
+JOINT_PROCESSORS = {  # of images and texts
+    "FigureTextProcessor": FigureTextProcessor,
+    "MultiEncoderVlmProcessor": MultiEncoderVlmProcessor,
+}
 
 
 @dataclass(frozen=True)

@@ -270,6 +270,7 @@ class MultiEncoderModel(MultiEncoderTrunk):
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
         encoder_outputs: EncodedByAll | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode images.
@@ -279,12 +280,19 @@ class MultiEncoderModel(MultiEncoderTrunk):
             image_sizes: (batch, 2), int64, (height, width) of images before they were padded to a square; read by
                 fusions that mask the padding.
             encoder_outputs: instead of pixel_values, what `encode` returned for them.
+            output_hidden_states: True, or indices as transformers' vision-language models ask for them; there is one
+                hidden state, the fused tokens, which is the last: they use `vision_feature_layer=-1`.
 
         Returns:
             last_hidden_state (batch, tokens, hidden), fused; pooler_output (batch, hidden), their mean.
         """
         tokens, _ = self.fuse(pixel_values, image_sizes, encoder_outputs)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens.mean(dim=1))
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tokens,
+            pooler_output=tokens.mean(dim=1),
+            hidden_states=None if asked is False else (tokens,),  # layer 0 is asked for as the number 0
+        )
 
 
 class MultiEncoderBackbone(BackboneMixin, MultiEncoderTrunk):

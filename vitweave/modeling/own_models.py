@@ -37,11 +37,18 @@ def _pix2struct_vision_model() -> dict[str, type[PreTrainedModel]]:
     return {"model": Pix2StructVisionModel}
 
 
+def _multi_encoder_vlm() -> dict[str, type[PreTrainedModel]]:
+    from vitweave.modeling.modeling_multi_encoder_vlm import MultiEncoderVlmModel
+
+    return {"model": MultiEncoderVlmModel}
+
+
 OWN_MODELS = {
     "eva02_det_vit": _eva02_det_vit,
     "layer_fusion_vision": _layer_fusion_vision,
     "multi_encoder_vision": _multi_encoder_vision,
     "pix2struct_vision_model": _pix2struct_vision_model,
+    "multi_encoder_vlm": _multi_encoder_vlm,
     "specialized_vit": _specialized_vit,
 }
 

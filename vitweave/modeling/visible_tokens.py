@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from vitweave.configuration.encoder_fusion_plans import Grid
+
 
 def visible_cells(image_sizes: Tensor, side: int) -> Tensor:
     """Which cells of a square grid show the image; the arithmetic of `visible_grid` for a batch.
@@ -22,8 +24,37 @@ def visible_cells(image_sizes: Tensor, side: int) -> Tensor:
     return inside[:, 0, :, None] & inside[:, 1, None, :]
 
 
+def shown_tokens(
+    tokens: Tensor, grid: Grid, image_sizes: Tensor | None, newline: Tensor | None
+) -> tuple[Tensor, list[int] | int]:
+    """Crop grids of tokens to what shows the image, and end each row with a newline, as Cambrian-1 does.
+
+    Args:
+        tokens: (tiles, rows * columns, hidden), row by row.
+        grid: (rows, columns).
+        image_sizes: (tiles, 2), int64, (height, width) before padding to a square; None where nothing was padded.
+        newline: (hidden,), or None for none.
+
+    Returns:
+        the tokens of all tiles one after the other, (tokens, hidden), with the rows and columns of `visible_grid`; how
+        many each tile has, one number where all have as many.
+    """
+    rows = tokens.unflatten(1, grid)
+    if newline is not None:
+        ends = newline.to(tokens).expand(tokens.shape[0], grid[0], 1, -1)
+        rows = torch.cat([rows, ends], dim=2)  # (tiles, rows, columns + 1, hidden)
+    if image_sizes is None:
+        return rows.flatten(0, 2), rows.shape[1] * rows.shape[2]
+    if grid[0] != grid[1]:
+        raise ValueError(f"expected square grids of tokens to cut padding off, got {grid[0]}x{grid[1]}")
+    visible = visible_cells(image_sizes.to(tokens.device), grid[0])
+    if newline is not None:
+        visible = torch.cat([visible, visible.any(dim=2, keepdim=True)], dim=2)
+    return rows[visible], visible.sum(dim=(1, 2)).tolist()
+
+
 def add_newlines(tokens: Tensor, image_sizes: Tensor | None, newline: Tensor) -> list[Tensor]:
-    """Crop square grids of tokens to what shows the image and end each row with a newline, as Cambrian-1 does.
+    """`shown_tokens` of square grids, tile by tile.
 
     Args:
         tokens: (tiles, side * side, hidden), row by row.
@@ -36,11 +67,4 @@ def add_newlines(tokens: Tensor, image_sizes: Tensor | None, newline: Tensor) ->
     side = round(tokens.shape[1] ** 0.5)
     if side * side != tokens.shape[1]:
         raise ValueError(f"expected square grids of tokens to put newlines into, got {tokens.shape[1]} tokens per tile")
-    grids = tokens.unflatten(1, (side, side))
-    newlines = newline.to(tokens.dtype).expand(tokens.shape[0], side, 1, -1)
-    rows = torch.cat([grids, newlines], dim=2)  # (tiles, side, side + 1, hidden)
-    if image_sizes is None:
-        return list(rows.flatten(1, 2).unbind(0))
-    visible = visible_cells(image_sizes.to(tokens.device), side)
-    visible = torch.cat([visible, visible.any(dim=2, keepdim=True)], dim=2)
-    return list(rows[visible].split(visible.sum(dim=(1, 2)).tolist()))
+    return list(torch.split(*shown_tokens(tokens, (side, side), image_sizes, newline)))
