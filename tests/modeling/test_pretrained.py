@@ -19,6 +19,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers import initialization as init
 
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 EXCHANGED = sorted((Path(__file__).parents[1] / "fixtures" / "exchange").iterdir())
