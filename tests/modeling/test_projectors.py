@@ -76,6 +76,12 @@ def test_squeeze_and_excite_weighs_channels_by_the_whole_image():
     torch.testing.assert_close(projector(tokens), torch.stack(expected))
 
 
+def test_the_residual_block_adds_to_the_normalised_input():
+    projector, tokens = build_projector("residual", 4, 4), 5 * torch.randn(2, 3, 4)
+    nn.init.zeros_(projector.linear_2.weight)
+    torch.testing.assert_close(projector(tokens), F.layer_norm(tokens, (4,)) + projector.linear_2.bias)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"unknown projector 'norm_mpl' \(did you mean 'norm_mlp'"):
         build_projector("norm_mpl", 4, 6)
