@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from vitweave.configuration.image_tokens import count_image_tokens, tokens_per_image, visible_grid
+from vitweave.configuration.multi_encoder_presets import multi_encoder_preset
 
 CAMBRIAN = {"tokens_per_tile": 576, "grid": (24, 24), "image_newline": True, "unpad": True}
 
@@ -40,6 +41,22 @@ def test_a_config_counts_as_its_numbers_do():
     assert count_image_tokens(tower, 3) == 48
     vlm = SimpleNamespace(vision_config=tower, image_newline=True, unpad=True)
     assert count_image_tokens(vlm, 1, (900, 300)) == tokens_per_image(16, 1, (4, 4), True, True, (900, 300)) == 4 * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "num_tiles", "expected"),
+    [
+        ("leo", 7, 3584),
+        ("eagle-x5", 1, 1024),
+        ("llava-hr", 1, 1024),
+        ("mgm", 1, 576),
+        ("mgm-hd", 1, 2880),
+        ("cambrian", 1, 576),
+        ("internvl", 13, 3328),
+    ],
+)
+def test_published_towers(name, num_tiles, expected):
+    assert count_image_tokens(multi_encoder_preset(name), num_tiles) == expected
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from tiny_vlm import tiny_tokenizer, tiny_vlm_processor
 from transformers.models.auto.processing_auto import AutoProcessor
 
 from vitweave.configuration.image_tokens import count_image_tokens
+from vitweave.configuration.multi_encoder_presets import multi_encoder_preset
+from vitweave.modeling.visible_tokens import add_newlines
 from vitweave.processing.image_processing_pil_multi_encoder import MultiEncoderImageProcessorPil
 from vitweave.processing.processing_multi_encoder_vlm import MultiEncoderVlmProcessor
 
@@ -77,6 +79,8 @@ def test_newlines_and_unpadding_count_what_the_model_gives():
     for width, height in ((80, 40), (40, 80), (64, 64), (500, 3)):
         encoded = processor(picture(width, height), "<image>", return_tensors="pt")
         assert image_tokens(encoded) == [count_image_tokens(config, 1, (height, width))]
+        tokens = add_newlines(torch.zeros(1, 16, 8), encoded["image_sizes"], torch.zeros(8))
+        assert image_tokens(encoded) == [len(tokens[0])]
     assert image_tokens(processor(picture(80, 40), "<image>", return_tensors="pt")) == [2 * 5]
 
 
@@ -98,7 +102,7 @@ def test_counts_without_reading_an_image():
     assert counted["num_image_tokens"] == image_tokens(encoded)
     assert counted["num_image_patches"] == encoded["num_tiles"].tolist()
     together = processor(pictures, "<image> <image> <image>")
-    shared = processor._get_num_multimodal_tokens(image_sizes=[sizes])
+    shared = processor._get_num_multimodal_tokens(image_sizes=[[], sizes])
     assert shared["num_image_patches"] == together["num_tiles"] != counted["num_image_patches"]
     fewer = processor._get_num_multimodal_tokens(image_sizes=sizes, images_kwargs={"tiling": {"max_tiles": 1}})
     assert fewer["num_image_patches"] == [1, 1, 1]
@@ -126,6 +130,22 @@ def test_the_chat_template_takes_images(tmp_path):
     assert image_tokens(encoded) == [48, 0, 96]
 
 
+def test_a_language_model_keeps_its_chat_template():
+    processor = tiny_vlm_processor()
+    tokenizer = processor.tokenizer
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }} . {{ message['content'] }} ? {% endfor %}"
+    )
+    processor = MultiEncoderVlmProcessor(processor.image_processor, tokenizer, num_image_tokens=16)
+    chat = [{"role": "system", "content": "a"}, *conversation(picture())]
+    expected = "system . a ? user . <image>\nwhat is this ? ? assistant . a red car . ? "
+    assert processor.apply_chat_template(chat) == expected
+    encoded = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    assert image_tokens(encoded) == [16]
+    tokenizer.chat_template = "{{ messages[0]['content'][0]['type'] }} image"
+    assert MultiEncoderVlmProcessor(processor.image_processor, tokenizer).chat_template == tokenizer.chat_template
+
+
 def test_saved_and_loaded(tmp_path):
     processor = tiny_vlm_processor(tiling=TILING, image_newline=True, image_start_token="<img>", token_budget=400)
     processor([picture()] * 2, ["<image>", "<image> a"], padding=True, padding_side="right")
@@ -140,14 +160,18 @@ def test_saved_and_loaded(tmp_path):
 
 
 def test_built_from_a_model_config():
-    tower = SimpleNamespace(image_size=32, image_mean=[0.5] * 3, image_std=[0.5] * 3, num_tokens=16, fused_grid=(4, 4))
-    text = SimpleNamespace(max_position_embeddings=77)
     config = SimpleNamespace(
-        vision_config=tower, text_config=text, image_token_id=IMAGE_ID, image_newline=True, unpad=False
+        vision_config=multi_encoder_preset("internvl", tiny=True),
+        text_config=SimpleNamespace(max_position_embeddings=77),
+        image_token_id=IMAGE_ID,
+        image_newline=True,
+        unpad=False,
     )
     processor = MultiEncoderVlmProcessor.from_model_config(config, tiny_tokenizer(), tiling=TILING)
-    assert (processor.image_token, processor.token_budget, processor.grid) == ("<image>", 77, [4, 4])
-    assert image_tokens(processor(picture(40, 40), "<image>", return_tensors="pt")) == [20]
+    assert (processor.image_token, processor.token_budget, processor.grid) == ("<image>", 77, [2, 2])
+    assert list(processor.image_processor.image_mean) == list(config.vision_config.image_mean)
+    encoded = processor(picture(), "<image>", return_tensors="pt")
+    assert encoded["pixel_values"].shape == (3, 3, 56, 56) and image_tokens(encoded) == [3 * 2 * 3]
     assert MultiEncoderVlmProcessor.from_model_config(config, tiny_tokenizer(), token_budget=9).token_budget == 9
     config.image_token_id = 10_000
     with pytest.raises(ValueError, match=r"below the tokenizer's .* got 10000"):

@@ -7,8 +7,8 @@ from vitweave.processing.torchvision_steps import TorchvisionSteps
 class MultiEncoderImageProcessor(MultiEncoderSteps, TorchvisionSteps):
     """Padded or tiled images to `pixel_values`, `num_tiles` and `image_sizes`.
 
-    torchvision's bicubic is not Pillow's, which released weights were trained on: single pixels of a sharp image differ
-    by up to 20 grey levels, on average by less than half of one. `MultiEncoderImageProcessorPil` has Pillow's.
+    torchvision's bicubic is not Pillow's, which released weights were trained on: single pixels differ by up to 2 grey
+    levels in photographs and up to 19 in noise. `MultiEncoderImageProcessorPil` has Pillow's.
     """
 
     resample = MultiEncoderSteps.resample

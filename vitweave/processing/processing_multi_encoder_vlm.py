@@ -6,26 +6,10 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from vitweave.configuration.image_tokens import check_token_layout, tokens_per_image
+from vitweave.processing.chat_templates import chat_template_for
 from vitweave.processing.image_placeholders import check_placeholders, split_by_sample
 from vitweave.processing.image_processing_pil_multi_encoder import MultiEncoderImageProcessorPil
 from vitweave.processing.multi_encoder_steps import images_per_sample
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ message['role'] | upper + ': ' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{{ eos_token | default('') }}{% endgeneration %}"
-    "{% elif message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ 'IMAGE_TOKEN\n' }}"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{{ '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
-)
 
 
 class MultiEncoderVlmProcessor(ProcessorMixin):
@@ -44,6 +28,7 @@ class MultiEncoderVlmProcessor(ProcessorMixin):
         image_token: the placeholder, one per image in the text.
         image_start_token, image_end_token: stand around the tokens of an image, as LEO's `<img>` and `</img>`.
         token_budget: the most tokens of a sample, text and images; longer ones are refused.
+        chat_template: None is the tokenizer's, taught to take images, or a plain one (`chat_templates.py`).
     """
 
     def __init__(
@@ -73,7 +58,7 @@ class MultiEncoderVlmProcessor(ProcessorMixin):
         self.image_token_id = own[image_token]
         self.image_token_ids = list(own.values())
         if chat_template is None:
-            self.chat_template = tokenizer.chat_template or CHAT_TEMPLATE.replace("IMAGE_TOKEN", image_token)
+            self.chat_template = chat_template_for(tokenizer.chat_template, image_token)
 
     @classmethod
     def from_model_config(cls, config, tokenizer, image_processor=None, tiling: dict | None = None, **options):
@@ -174,7 +159,7 @@ class MultiEncoderVlmProcessor(ProcessorMixin):
         """
         if image_sizes is None:
             return MultiModalData()
-        samples = [one if isinstance(one[0], (list, tuple)) else [one] for one in image_sizes]
+        samples = [[one] if one and not isinstance(one[0], (list, tuple)) else one for one in image_sizes]
         tiling = (kwargs.get("images_kwargs") or kwargs).get("tiling")
         around = sum(token is not None for token in (self.image_start_token, self.image_end_token))
         tokens, tiles = [], []
