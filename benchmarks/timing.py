@@ -1,5 +1,6 @@
 """Side-by-side measurements: variants run in turn, ratios pair by pair, medians reported."""
 
+import itertools
 import json
 import platform
 import statistics
@@ -37,6 +38,28 @@ def peak_memory(code: str, threads: int = 2) -> float:
     script += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
+
+
+def peak_allocated(run: Callable) -> int:
+    """Bytes that tensors made by `run` hold at most, beside those that were there before; on the GPU if there is one.
+
+    On the CPU they are counted from the allocator's own record, so memory inside an operation counts, too.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    if torch.cuda.is_available():
+        run()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0)
 
 
 def write_results(name: str, rows: list[dict]) -> None:

@@ -65,13 +65,16 @@ class MixtureOfResolutionAdapter(nn.Module):
         Returns:
             (batch, fast channels, height, width).
         """
-        change = self.fast_proj(F.gelu(self.fast_conv(fast)))
-        updated = fast + change
         detail = align_ac(self.project_slow(slow), (fast.shape[2], fast.shape[3]))
-        seen = updated if self.reads_update else change
+        fast = fast.contiguous()  # a ViT's map is a view of its tokens, on which depthwise convolutions are slow
+        if self.reads_update:
+            fast = seen = fast + self.fast_proj(F.gelu(self.fast_conv(fast)))
+        else:
+            seen = self.fast_proj(F.gelu(self.fast_conv(fast)))
+            fast = fast + seen
         means = torch.cat([seen.mean(dim=(2, 3)), detail.mean(dim=(2, 3))], dim=1)  # (batch, 2 * fast channels)
         gate = self.gate(means).tanh()  # (batch, 1 or fast channels)
-        return torch.addcmul(updated, gate[:, :, None, None], detail)
+        return torch.addcmul(fast, gate[:, :, None, None], detail)
 
 
 class MixtureOfResolutionFusion(EncoderFusion):
