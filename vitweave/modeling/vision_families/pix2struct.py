@@ -45,6 +45,12 @@ class Pix2Struct(VisionFamily):
         column = embeddings.column_embedder(torch.arange(1, columns + 1, device=pixels.device))
         return embeddings.dropout(patches + (row[:, None] + column[None]).flatten(0, 1))
 
+    def block_options(self, model, pixel_values):
+        if model._supports_sdpa:
+            return {}
+        rows, columns = encoder_facts(model.config).grid_for(*pixel_values.shape[-2:])
+        return {"attention_mask": pixel_values.new_ones(1, rows * columns)}  # the attention of older versions needs one
+
     def run_block(self, block, hidden_states, options):
         return block(hidden_states, **options)[0]  # the other is the attention
 
