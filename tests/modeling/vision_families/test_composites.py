@@ -1,21 +1,16 @@
 """Our composites as encoders of other composites: one layer, which is what they return."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from tiny_encoders import CASES, VIT, build, images
 from torch import nn
-from transformers import ViTConfig, ViTModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vitweave.configuration.configuration_base import VitweaveConfig
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
+from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfig
 from vitweave.configuration.encoder_facts import encoder_facts
 from vitweave.configuration.reductions import Reduction, ceil_reduction, floor_reduction, in_one
-from vitweave.modeling import own_models
 from vitweave.modeling.modeling_layer_fusion import LayerFusionForImageClassification, LayerFusionModel
-from vitweave.modeling.pretrained import VitweavePreTrainedModel
+from vitweave.modeling.modeling_multi_encoder import MultiEncoderModel
 from vitweave.modeling.vision_encoder import VisionEncoder, find_vision_model
 
 HOSTS = {"vit": [1, 3], "dinov2_with_registers": [1, 3], "siglip_vision_model": [1, 3], "swin": [3], "convnext": [4]}
@@ -142,60 +137,69 @@ def test_what_composites_cannot_do_is_refused():
         encoder(torch.randn(1, 3, 4, 32))
 
 
-class TowerConfig(VitweaveConfig):
-    """What is read of the config of a tower."""
-
-    model_type = "multi_encoder_vision"
-    image_size: int = 40
-    fusion_type: str = "channel_concat"
-    num_channels: int = 3
-    num_tokens: int = 9
-    fused_size: int = 32
-    fused_grid: tuple | None = (3, 3)
-
-    def plan_for(self, size):
-        return SimpleNamespace(grid=(size[0] // 8 - 2, 3))
-
-
-class Tower(VitweavePreTrainedModel):
-    """The tokens of a ViT whose grid has no whole stride."""
-
-    config_class = TowerConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.encoder_0 = VisionEncoder(ViTModel(ViTConfig(**VIT)))
-        self.post_init()
-
-    def forward(self, pixel_values, image_sizes=None, **kwargs):
-        grid = (
-            self.config.fused_grid
-            if pixel_values.shape[-2:] == (40, 40)
-            else self.config.plan_for(pixel_values.shape[-2:]).grid
-        )
-        feature_map = self.encoder_0(pixel_values).feature_maps[0]
-        tokens = nn.functional.adaptive_avg_pool2d(feature_map, grid).flatten(2).transpose(1, 2)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens.mean(dim=1))
+def tower(**changes) -> MultiEncoderModel:
+    """A ViT whose size is fixed, and a ConvNeXt that follows the size of the image, on one grid."""
+    config = MultiEncoderConfig(
+        encoder_configs=[{"model_type": name, **CASES[name]} for name in ("dinov2_with_registers", "convnext")],
+        encoder_options=[{"image_size": 32, "frozen": True}, {"layer": 3}],
+        **{"image_size": 64, "fusion_type": "channel_concat", **changes},
+    )
+    torch.manual_seed(0)
+    return MultiEncoderModel(config).eval()
 
 
 @torch.no_grad()
-def test_a_tower_of_encoders_is_one_layer_of_patches(monkeypatch):
-    monkeypatch.setitem(own_models.OWN_MODELS, "multi_encoder_vision", lambda: {"model": Tower})
-    encoder = VisionEncoder(TowerConfig()).eval()
-    for size, grid in (((40, 40), (3, 3)), ((48, 40), (4, 3))):
+def test_a_tower_of_encoders_is_one_layer_of_patches():
+    model = tower()
+    encoder = VisionEncoder(model, keep_final=True)
+    assert encoder.model is find_vision_model(nn.Sequential(model)) is model
+    assert encoder.facts == encoder_facts(model.config) and encoder.layers == (1,)
+    for size, grid in (((64, 64), (4, 4)), ((64, 96), (4, 6))):
         pixel_values = torch.randn(2, 3, *size)
-        features, expected = encoder(pixel_values), encoder.model(pixel_values)
+        features, expected = encoder(pixel_values), model(pixel_values)
         assert features.grids == encoder.grids_for(*size) == (grid,)
         assert torch.equal(features.patches[0], expected.last_hidden_state)
+        assert torch.equal(features.final[2], expected.last_hidden_state)
         assert torch.equal(features.pooled, expected.pooler_output)
-    assert find_vision_model(nn.Sequential(encoder.model)) is encoder.model
+        assert features.feature_maps[0].shape == (2, *encoder.hidden_sizes, *grid)
+    assert encoder.strides == ((16, 16),) and encoder.hidden_sizes == (32 + 24,) == (encoder.facts.pooled_size,)
     assert features.class_tokens[0].shape[1] == features.registers[0].shape[1] == 0
-    over = LayerFusionModel(LayerFusionConfig(encoder_config=TowerConfig(), fusion_type="concat")).eval()
-    assert torch.equal(
-        over(torch.ones(1, 3, 48, 40)).pooler_output, over.encoder.model(torch.ones(1, 3, 48, 40)).pooler_output
-    )
 
 
-def test_a_tower_without_grid_is_refused():
-    with pytest.raises(ValueError, match=r"keeps a grid, got 'query_former', whose 64 tokens have none"):
-        encoder_facts(TowerConfig(fused_grid=None, fusion_type="query_former", num_tokens=64))
+def test_towers_and_layer_fusions_nest_and_save(tmp_path):
+    """A layer fusion over a tower, one of whose encoders is a layer fusion, in a tower with another ViT."""
+    fusing = LayerFusionModel(LayerFusionConfig(encoder_config={"model_type": "vit", **VIT}, layers=[1, 3]))
+    inner = MultiEncoderModel.from_encoders([fusing, build("vit")], image_size=32)
+    over = LayerFusionModel.from_encoder(inner, fusion_type="film")
+    model = MultiEncoderModel.from_encoders([over, build("clip_vision_model")], image_size=32).eval()
+    assert model.config.fused_size == 3 * 32 and model.config.fused_grid == (4, 4)
+    model.save_pretrained(tmp_path)
+    loaded, info = MultiEncoderModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    pixel_values = images("vit", size=(32, 32))
+    expected, got = model(pixel_values), loaded.eval()(pixel_values)
+    assert torch.equal(got.last_hidden_state, expected.last_hidden_state)
+    torch.testing.assert_close(got.last_hidden_state[..., :32], fusing.eval()(pixel_values).last_hidden_state[:, 1:])
+    got.last_hidden_state.square().sum().backward()
+    deep = loaded.encoder_0.model.encoder.model.encoder_0.model.encoder.model  # the ViT in the fusion in the tower
+    assert all(parameter.grad.any() for parameter in deep.encoder.parameters()) if hasattr(deep, "encoder") else True
+
+
+@torch.no_grad()
+def test_a_nested_tower_compiles_to_one_graph_and_runs_in_half_precision():
+    encoder, pixel_values = VisionEncoder(tower()), torch.randn(2, 3, 64, 64)
+    torch._dynamo.reset()
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")(pixel_values)
+    torch.testing.assert_close(compiled.patches, encoder(pixel_values).patches)
+    half = encoder.to(torch.bfloat16)(pixel_values)
+    assert half.patches[0].dtype == half.pooled.dtype == torch.bfloat16
+
+
+def test_what_a_tower_cannot_do_is_refused():
+    with pytest.raises(ValueError, match=r"keeps a grid, got 'sequence_concat', whose 32 tokens have none"):
+        encoder_facts(tower(fusion_type="sequence_concat", hidden_size=32).config)
+    encoder = VisionEncoder(tower())
+    with pytest.raises(ValueError, match="expected no `after` for MultiEncoderModel"):
+        encoder(torch.randn(1, 3, 64, 64), after={1: lambda patches: patches})
+    with pytest.raises(ValueError, match="expected 3 image channels, got 4"):
+        encoder(torch.randn(1, 4, 64, 64))
