@@ -76,7 +76,8 @@ class MultiEncoderTrunk(MultiEncoderPreTrainedModel):
 
     def __init__(self, config: MultiEncoderConfig, encoders: Sequence[PreTrainedModel] | None = None):
         super().__init__(config)
-        for index, (member, options) in enumerate(zip(encoders or config.encoder_configs, config.options, strict=True)):
+        self.options = config.options  # read once: making them anew in every forward could not be compiled
+        for index, (member, options) in enumerate(zip(encoders or config.encoder_configs, self.options, strict=True)):
             before = "drop_before" if options.class_token == "drop_before" else "keep"
             encoder = VisionEncoder(member, layers=options.layers, final_norm=options.final_norm, class_token=before)
             self.add_module(f"encoder_{index}", encoder)
@@ -182,12 +183,12 @@ class MultiEncoderTrunk(MultiEncoderPreTrainedModel):
         for index in reversed(range(count)):  # an injecting fusion needs the others before the first
             after = self.fusion.injections(maps[1]) if self.fusion.injects and index == 0 else None
             maps[index], prefixes[index] = self.run_encoder(index, pixel_values, after)
-        kept = any(options.class_token == "keep" for options in self.config.options)
+        kept = any(options.class_token == "keep" for options in self.options)
         return EncoderMaps(maps, prefixes if kept else [], image_sizes)
 
     def run_encoder(self, index: int, pixel_values: Tensor, after: dict | None) -> tuple[Tensor, Tensor]:
         """Map and kept class tokens of one encoder, on the device of the images."""
-        encoder, options = self.encoders[index], self.config.options[index]
+        encoder, options = self.encoders[index], self.options[index]
         views = None
         if index == 0 and self.fusion.takes_views and (self.fusion.crops > 1 or self.fusion.has_global_view):
             side = size_for(options, as_pair(self.config.image_size), tuple(pixel_values.shape[-2:]))
