@@ -480,3 +480,25 @@ def test_timm_says_how_to_take_another_image_size():
         VisionEncoder(config)(torch.randn(1, 3, 32, 64))
     config["model_args"] = {**model_args, "dynamic_img_size": True}
     assert VisionEncoder(config)(torch.randn(1, 3, 32, 64)).grids == ((4, 8),)
+
+
+@pytest.mark.torchvision
+@pytest.mark.parametrize(("architecture", "eps"), [("convnext_xxlarge", 1e-5), ("convnext_large_mlp", 1e-6)])
+@torch.no_grad()
+def test_timm_convnexts_of_two_resolution_towers_give_four_maps_without_final_norm(architecture, eps):
+    pytest.importorskip("torchvision", reason="needs torchvision")
+    args = {"depths": (1, 1, 2, 1), "dims": (8, 16, 24, 32)}  # over those of the architecture
+    config = {"model_type": "timm_wrapper", "architecture": architecture, "model_args": args, "num_classes": 0}
+    encoder = VisionEncoder(config, layers=[1, 2, 3, 4]).eval()
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else nn.init.normal_(parameter, mean=1.0, std=0.2)
+    pixel_values = torch.randn(2, 3, 64, 96)
+    features, native = encoder(pixel_values), encoder.model(pixel_values, output_hidden_states=True)
+    assert encoder.strides == ((4, 4), (8, 8), (16, 16), (32, 32)) and encoder.hidden_sizes == args["dims"]
+    assert features.grids == encoder.grids_for(64, 96) == ((16, 24), (8, 12), (4, 6), (2, 3))
+    for ours, expected in zip(features.feature_maps, native.hidden_states, strict=True):
+        assert torch.equal(ours, expected)
+    assert torch.equal(features.feature_maps[3], encoder.model.timm_model.forward_features(pixel_values))
+    plain = VisionEncoder(encoder.model, layers=[1, 2, 3, 4], final_norm=False)(pixel_values)
+    assert all(torch.equal(*maps) for maps in zip(plain.patches, features.patches, strict=True))
+    assert {module.eps for module in encoder.modules() if isinstance(module, nn.LayerNorm)} == {eps}
