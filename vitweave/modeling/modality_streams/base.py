@@ -1,0 +1,47 @@
+"""What the encoders of several aligned modalities share."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+
+@dataclass
+class StreamOutput:
+    """What a stream encoder returns.
+
+    Args:
+        maps: one per stage, (streams, batch, channels_k, height_k, width_k), after the norm of the stage. As many
+            streams as modalities, or two where all but the first were merged.
+        tokens: (streams, batch, prefix + patches, hidden), the last stage as a sequence.
+        present: (streams, batch), bool; None where all are there.
+        penalty: scalar, the sum of what all fusions ask to be added to the loss; None without any.
+        exchange_ratios: "stage1.block0" -> (streams,), detached, of the fusions that exchange.
+    """
+
+    maps: tuple[Tensor, ...]
+    tokens: Tensor
+    present: Tensor | None = None
+    penalty: Tensor | None = None
+    exchange_ratios: dict[str, Tensor] = field(default_factory=dict)
+
+
+class ModalityStreams(nn.Module):
+    """An encoder whose weights serve all modalities but for the norms, with fusions inside its blocks.
+
+    Modalities are stacked on an axis of their own in front of the batch, so that every shared layer runs once for all.
+
+    Args:
+        config: a `ModalityFusionConfig`.
+    """
+
+    channels: list[int]  # of every stage
+    strides: list[int]  # pixels of one cell of every stage
+
+    def forward(self, pixel_values: Tensor, present: Tensor | None = None) -> StreamOutput:
+        """
+        Args:
+            pixel_values: (batch, modalities, channels, height, width).
+            present: (batch, modalities), bool, False where a sensor is absent; its pixels are not read then, not even
+                NaN.
+        """
+        raise NotImplementedError
