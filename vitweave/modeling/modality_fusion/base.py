@@ -36,8 +36,8 @@ class ModalityFusion(nn.Module):
     hidden) and `BlockInputs` to streams of the same shape and a penalty, a scalar that is added to the loss, or None.
     All streams are read before any is changed. Where every other sensor is absent, a stream passes unchanged.
 
-    `position` says where in a block it acts: "norm", on the normed tokens that attention reads; "attention", on what the
-    heads return, before the output projection (Swin: behind it); "branch", on what the output projection returns;
+    `position` says where in a block it acts: "norm", on the normed tokens that attention reads; "attention", on what
+    the heads return, before the output projection (Swin: behind it); "branch", on what the output projection returns;
     "stage", on the maps that a stage returns.
 
     `shared_by_stage`: one instance serves all blocks of a stage.
