@@ -1,5 +1,7 @@
 """A tiny vision-language model, and its tokenizer and processor."""
 
+import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -60,3 +62,41 @@ def tiny_llama(**options) -> LlamaConfig:
 def tiny_vlm_config(tower: dict | None = None, text: dict | None = None, **options) -> MultiEncoderVlmConfig:
     given = {"vision_config": tiny_tower(**tower or {}), "text_config": tiny_llama(**text or {}), "image_token_id": 4}
     return MultiEncoderVlmConfig(**given | options)
+
+
+def tiny_images(count: int, seed: int = 0, size: int = 32) -> list[Image.Image]:
+    pixels = torch.randint(0, 256, (count, size, size, 3), generator=torch.Generator().manual_seed(seed))
+    return [Image.fromarray(image) for image in pixels.to(torch.uint8).numpy()]
+
+
+QUESTION = "user : <image> what is in this picture ? assistant : "
+ANSWERS = ["a red cat", "a blue dog", "two green", "the car is red", "one cat and a dog", "three car", "dog", "blue car"]
+
+
+class EightSamples(torch.utils.data.Dataset):
+    """One question about eight images with eight answers, which only the images tell apart."""
+
+    def __init__(self):
+        self.processor = tiny_vlm_processor()
+        self.images = tiny_images(8)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": self.images[index], "answer": ANSWERS[index]}
+
+    def collate(self, samples: list[dict]) -> dict:
+        """The answers and what ends them are the labels."""
+        texts = [QUESTION + sample["answer"] + " </s>" for sample in samples]
+        batch = self.processor(images=[[s["image"]] for s in samples], text=texts, padding=True, return_tensors="pt")
+        ids = batch["input_ids"]
+        answers = [len(self.processor.tokenizer(s["answer"] + " </s>", add_special_tokens=False).input_ids) for s in samples]
+        said = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(answers)[:, None]  # padded on the left
+        return {**batch, "labels": ids.masked_fill(~said, -100)}
+
+    def questions(self) -> dict:
+        """All eight without their answers."""
+        return self.processor(
+            images=[[image] for image in self.images], text=[QUESTION] * 8, padding=True, return_tensors="pt"
+        )

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
@@ -17,7 +16,7 @@ from vitweave.modeling.modeling_multi_encoder import EncodedByAll
 from vitweave.modeling.multi_encoder_vlm_base import MultiEncoderVlmPreTrainedModel
 from vitweave.modeling.own_models import build_model
 from vitweave.modeling.projectors import build_projector
-from vitweave.modeling.visible_tokens import shown_tokens
+from vitweave.modeling.visible_tokens import ImageNewline, shown_tokens
 
 
 class MultiEncoderVlmModel(MultiEncoderVlmPreTrainedModel):
@@ -39,16 +38,10 @@ class MultiEncoderVlmModel(MultiEncoderVlmPreTrainedModel):
         self.multi_modal_projector = build_projector(
             config.projector_type, config.vision_config.fused_size, width, **(config.projector_options or {})
         )
-        self.image_newline = nn.Parameter(torch.empty(width)) if config.image_newline else None
+        self.image_newline = ImageNewline(width) if config.image_newline else None
         self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
-        self.set_start_values()
         self.post_init()
         self.freeze()
-
-    def set_start_values(self) -> None:
-        """A newline of unit length, as Cambrian-1's."""
-        if self.image_newline is not None:
-            init.normal_(self.image_newline, std=self.config.text_config.hidden_size**-0.5)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -81,7 +74,8 @@ class MultiEncoderVlmModel(MultiEncoderVlmPreTrainedModel):
             grid = self.vision_tower.fusion.plan_for([tuple(part.shape[-2:]) for part in encoder_outputs["maps"]]).grid
         else:
             grid = self.config.vision_config.plan_for(tuple(pixel_values.shape[-2:])).grid
-        return *shown_tokens(tokens, grid, image_sizes, self.image_newline), seen
+        newline = None if self.image_newline is None else self.image_newline(tokens)
+        return *shown_tokens(tokens, grid, image_sizes, newline), seen
 
     @can_return_tuple
     def get_image_features(
@@ -203,8 +197,8 @@ class MultiEncoderVlmModel(MultiEncoderVlmPreTrainedModel):
 
     def vision_parameters(self) -> list[nn.Parameter]:
         """All that is on the way from pixels to the language model."""
-        newline = [] if self.image_newline is None else [self.image_newline]
-        return [*self.vision_tower.parameters(), *self.multi_modal_projector.parameters(), *newline]
+        parts = (self.vision_tower, self.multi_modal_projector, self.image_newline)
+        return [parameter for part in parts if part is not None for parameter in part.parameters()]
 
 
 class MultiEncoderVlmForConditionalGeneration(MultiEncoderVlmPreTrainedModel, ImageGenerationMixin):
@@ -263,9 +257,9 @@ class MultiEncoderVlmForConditionalGeneration(MultiEncoderVlmPreTrainedModel, Im
         for module in (*vision_tower.modules(), *language_model.modules()):
             module._is_hf_initialized = True  # otherwise modules without the mark, e.g. new adapters, are drawn anew
         model = cls(config, vision_tower, text, head)
-        model.model.multi_modal_projector.to(device=text.device, dtype=text.dtype)
-        if model.model.image_newline is not None:
-            model.model.image_newline.data = model.model.image_newline.data.to(device=text.device, dtype=text.dtype)
+        for part in (model.model.multi_modal_projector, model.model.image_newline):
+            if part is not None:
+                part.to(device=text.device, dtype=text.dtype)
         model.generation_config = language_model.generation_config
         return model
 
@@ -344,8 +338,7 @@ class MultiEncoderVlmForConditionalGeneration(MultiEncoderVlmPreTrainedModel, Im
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **loss_options)
+            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **loss_options)
         return LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -47,8 +47,8 @@ OWN_MODELS = {
     "eva02_det_vit": _eva02_det_vit,
     "layer_fusion_vision": _layer_fusion_vision,
     "multi_encoder_vision": _multi_encoder_vision,
-    "pix2struct_vision_model": _pix2struct_vision_model,
     "multi_encoder_vlm": _multi_encoder_vlm,
+    "pix2struct_vision_model": _pix2struct_vision_model,
     "specialized_vit": _specialized_vit,
 }
 

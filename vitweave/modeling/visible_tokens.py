@@ -1,7 +1,8 @@
 """The visible part of images that were padded to squares: masks, and tokens with a newline after every row."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import initialization as init
 
 from vitweave.configuration.encoder_fusion_plans import Grid
 
@@ -51,6 +52,23 @@ def shown_tokens(
     if newline is not None:
         visible = torch.cat([visible, visible.any(dim=2, keepdim=True)], dim=2)
     return rows[visible], visible.sum(dim=(1, 2)).tolist()
+
+
+class ImageNewline(nn.Module):
+    """The learned vector at the end of a row of image tokens, as a module, which LoRA can save beside its adapters."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.set_start_values()
+
+    def set_start_values(self) -> None:
+        """A vector of about unit length, as in Cambrian-1."""
+        init.normal_(self.weight, std=self.weight.shape[0] ** -0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(hidden,), of the type and on the device of the tokens."""
+        return self.weight.to(tokens)
 
 
 def add_newlines(tokens: Tensor, image_sizes: Tensor | None, newline: Tensor) -> list[Tensor]:
