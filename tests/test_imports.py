@@ -25,6 +25,7 @@ DOORS = {"modeling/pretrained.py": {"vitweave.hub.export"}}
 PRINTING = (
     "cli.py",
     "cli_compare.py",
+    "cli_convert.py",
     "cli_search.py",
     "cli_specialize.py",
     "command.py",

@@ -57,6 +57,7 @@ PUBLIC = {
     "VisionFeatures": "vitweave.modeling.vision_encoder",
     "cache_features": "vitweave.training.feature_cache",
     "compare_fusions": "vitweave.analysis.fusion_comparison",
+    "convert_multi_encoder": "vitweave.modeling.convert_multi_encoder",
     "encode_images": "vitweave.training.probe_features",
     "evaluate_depth": "vitweave.training.depth_evaluation",
     "evaluate_knn": "vitweave.training.knn",

@@ -10,12 +10,14 @@ import traceback
 
 from vitweave.analysis.command import add_inspect_command
 from vitweave.cli_compare import add_compare_command
+from vitweave.cli_convert import add_convert_command
 from vitweave.cli_search import add_index_command, add_search_command
 from vitweave.cli_specialize import add_specialize_command
 from vitweave.hub.command import add_export_command
 
 COMMANDS = (
     add_specialize_command,
+    add_convert_command,
     add_inspect_command,
     add_export_command,
     add_index_command,

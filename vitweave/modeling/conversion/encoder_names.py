@@ -72,7 +72,8 @@ def encoder_names(config: MultiEncoderConfig, index: int) -> TensorNames:
     model_type = config.encoder_configs[index].model_type
     if model_type not in ENCODER_NAMES:
         raise ValueError(
-            f"the config has an encoder of the type {model_type!r}, which no release has; known: {sorted(ENCODER_NAMES)}"
+            f"the config has an encoder of the type {model_type!r}, which no release has; known:"
+            f" {sorted(ENCODER_NAMES)}"
         )
     if model_type == "sam_vision_model" and -1 not in config.options[index].layers:
         return SAM_SHORT_NECK

@@ -72,7 +72,9 @@ def text_config_of(stored: dict | None, text_key: str | None) -> PreTrainedConfi
         return None
     stored_type = str(facts.get("model_type", ""))
     if any(name in stored_type for name in UNSUPPORTED_TEXT_TYPES):
-        raise ValueError(f"cannot convert the experts of a language model of the type {stored_type!r}; convert its tower")
+        raise ValueError(
+            f"cannot convert the experts of a language model of the type {stored_type!r}; convert its tower"
+        )
     config_class = CONFIG_MAPPING[next((name for name in TEXT_TYPES if name in stored_type), "llama")]
     known = {item.name for item in fields(config_class)} | {"rope_theta", "rope_scaling"}
     left_out = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version")
