@@ -202,9 +202,24 @@ def plan_query_former(
 
 
 def plan_mixture_of_resolution(
-    in_channels: Sequence[int], grids: Sequence[Grid], hidden_size: int | None = None, **_
+    in_channels: Sequence[int],
+    grids: Sequence[Grid],
+    hidden_size: int | None = None,
+    *,
+    adapter_layers: Sequence[int] = (),
+    gate: str = "scalar",
+    gate_input: str = "updated",
+    projects: str = "both",
 ) -> FusionPlan:
     """The map of encoder 0, which encoder 1 adds to."""
+    known = {"gate": ("scalar", "vector"), "gate_input": ("updated", "branches"), "projects": ("both", "slow")}
+    for (option, values), value in zip(known.items(), (gate, gate_input, projects), strict=True):
+        if value not in values:
+            raise ValueError(f"expected {option} to be one of {list(values)}, got {value!r}")
+    if len(set(adapter_layers)) < len(adapter_layers) or any(layer < 1 for layer in adapter_layers):
+        raise ValueError(
+            f"expected adapter_layers to be different numbers of blocks, 1 or more, got {list(adapter_layers)}"
+        )
     if len(grids) != 2:
         raise ValueError(
             f"expected two encoders for mixture_of_resolution, the fast one and then the slow one, got {len(grids)}"
@@ -228,9 +243,9 @@ def plan_patch_info_mining(
     grids: Sequence[Grid],
     hidden_size: int | None = None,
     *,
+    softmax_scale: float | None = None,
     crops: int = 1,
     has_global_view: bool = False,
-    **_,
 ) -> FusionPlan:
     """As many tokens as all views of encoder 0 have; a map where there is one view."""
     if len(grids) < 2:

@@ -11,7 +11,7 @@ from transformers import initialization as init
 from vitweave.configuration.encoder_fusion_plans import Grid, plan_mixture_of_resolution
 from vitweave.modeling.encoder_fusion.base import EncoderFusion, EncoderMaps
 from vitweave.modeling.grid_matching import align_ac, map_to_tokens
-from vitweave.modeling.layer_fusion.base import FeedForward, check_choice
+from vitweave.modeling.layer_fusion.base import FeedForward
 from vitweave.modeling.start_values import start_as_in_torch
 
 
@@ -112,14 +112,8 @@ class MixtureOfResolutionFusion(EncoderFusion):
         gate_input: str = "updated",
         projects: str = "both",
     ):
-        super().__init__(partial(plan_mixture_of_resolution, in_channels, hidden_size=hidden_size), grids)
-        check_choice("gate", gate, ("scalar", "vector"))
-        check_choice("gate_input", gate_input, ("updated", "branches"))
-        check_choice("projects", projects, ("both", "slow"))
-        if len(set(adapter_layers)) < len(adapter_layers) or any(layer < 1 for layer in adapter_layers):
-            raise ValueError(
-                f"expected adapter_layers to be different numbers of blocks, 1 or more, got {list(adapter_layers)}"
-            )
+        options = {"adapter_layers": adapter_layers, "gate": gate, "gate_input": gate_input, "projects": projects}
+        super().__init__(partial(plan_mixture_of_resolution, in_channels, hidden_size=hidden_size, **options), grids)
         self.adapter_layers = tuple(adapter_layers)
         self.adapters = nn.ModuleList(
             MixtureOfResolutionAdapter(*in_channels, gate=gate, gate_input=gate_input) for _ in self.adapter_layers
