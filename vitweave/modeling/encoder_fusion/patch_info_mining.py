@@ -12,6 +12,31 @@ from vitweave.modeling.grid_matching import bilinear, map_to_tokens
 from vitweave.modeling.start_values import start_as_in_torch
 
 
+class CentredCells(torch.autograd.Function):
+    """Copied windows of cells, centred over the channels, and their norms; one temporary tensor on the way back.
+
+    Takes a view (batch, height, width, channels, window height, window width), returns (windows, channels, cells) and
+    (windows, cells).
+    """
+
+    @staticmethod
+    def forward(ctx, split: Tensor) -> tuple[Tensor, Tensor]:
+        cells = split.clone(memory_format=torch.contiguous_format).flatten(4).flatten(0, 2)
+        cells.sub_(cells.mean(dim=1, keepdim=True))
+        precise = torch.promote_types(cells.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(cells, dim=1, dtype=precise)
+        ctx.shape = split.shape
+        ctx.save_for_backward(cells, norms)
+        return cells, norms
+
+    @staticmethod
+    def backward(ctx, to_cells: Tensor, to_norms: Tensor) -> Tensor:
+        cells, norms = ctx.saved_tensors
+        along = (to_norms / norms).masked_fill(norms == 0, 0).to(cells.dtype)  # cells all the same have no direction
+        gradient = torch.addcmul(to_cells, cells, along[:, None]).sub_(to_cells.mean(dim=1, keepdim=True))
+        return gradient.view(ctx.shape)
+
+
 class PatchInfoMiningFusion(EncoderFusion):
     """Patch info mining of Mini-Gemini (arXiv:2403.18814).
 
@@ -114,23 +139,20 @@ class PatchInfoMiningFusion(EncoderFusion):
         tokens = queries.permute(0, 2, 3, 1).flatten(0, 2)  # (batch * height * width = windows, channels)
         query = self.q_proj(self.q_norm(tokens)) * self.softmax_scale
         split = detail.unflatten(3, (width, -1)).unflatten(2, (height, -1)).permute(0, 2, 4, 1, 3, 5)
-        cells = split.clone(memory_format=torch.contiguous_format).flatten(4).flatten(0, 2)
         folds = type(self.k_proj) is type(self.v_proj) is nn.Linear
-        mined = self.folded_attention(query, cells) if folds else self.plain_attention(query, cells)
+        mined = self.folded_attention(query, split) if folds else self.plain_attention(query, split)
         return (tokens + mined).unflatten(0, (-1, height, width)).permute(0, 3, 1, 2)
 
-    def folded_attention(self, query: Tensor, cells: Tensor) -> Tensor:
+    def folded_attention(self, query: Tensor, split: Tensor) -> Tensor:
         """
         Args:
             query: (windows, channels), scaled.
-            cells: (windows, detail channels, cells), a copy that belongs to this method.
+            split: the detail as (batch, height, width, detail channels, window height, window width).
 
         Returns:
             (windows, channels).
         """
-        cells.sub_(cells.mean(dim=1, keepdim=True))  # centred once, for the variance and for both norms
-        precise = torch.promote_types(cells.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(cells, dim=1, dtype=precise)
+        cells, norms = CentredCells.apply(split)  # (windows, detail channels, cells), (windows, cells)
         variance = norms.square() / cells.shape[1]  # (windows, cells)
         to_unit_k, to_unit_v = (
             (variance + norm.eps).rsqrt().to(cells.dtype)[:, None] for norm in (self.k_norm, self.v_norm)
@@ -143,9 +165,9 @@ class PatchInfoMiningFusion(EncoderFusion):
         average = (cells @ weights.transpose(1, 2))[:, :, 0]  # (windows, detail channels)
         return self.v_proj(average * self.v_norm.weight + self.v_norm.bias)
 
-    def plain_attention(self, query: Tensor, cells: Tensor) -> Tensor:
+    def plain_attention(self, query: Tensor, split: Tensor) -> Tensor:
         """Keys and values of every cell; shapes as in `folded_attention`."""
-        cells = cells.transpose(1, 2)  # (windows, cells, detail channels)
+        cells = split.flatten(4).flatten(0, 2).transpose(1, 2)  # (windows, cells, detail channels)
         keys, values = self.k_proj(self.k_norm(cells)), self.v_proj(self.v_norm(cells))
         scores = query[:, None] @ keys.transpose(1, 2)
         return (torch.nan_to_num(scores).softmax(dim=2) @ values)[:, 0]
