@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vitweave.configuration.encoder_fusion_plans import Grid, finest_grid, plan_patch_info_mining
 from vitweave.modeling.encoder_fusion.base import EncoderFusion, EncoderMaps
@@ -12,29 +13,51 @@ from vitweave.modeling.grid_matching import bilinear, map_to_tokens
 from vitweave.modeling.start_values import start_as_in_torch
 
 
-class CentredCells(torch.autograd.Function):
-    """Copied windows of cells, centred over the channels, and their norms; one temporary tensor on the way back.
+class WindowAttention(torch.autograd.Function):
+    """The average of normed cells, weighted by the softmax of their products with the query of their window.
 
-    Takes a view (batch, height, width, channels, window height, window width), returns (windows, channels, cells) and
-    (windows, cells).
+    With w the cells centred over the channels, `score_j = query . w_j / std_j + shift` and
+    `average = sum_j softmax(score)_j w_j / std_j`. Written out because the gradient then needs one tensor of the size
+    of the cells, where the chain of operations holds three at once. All tensors have the type of the map.
+
+    Args:
+        split: (batch, height, width, channels, window height, window width), a view of a map.
+        query: (windows, 1, channels); windows = batch * height * width.
+        shift: (windows, 1, 1).
+        eps: of the norms behind the scores and behind the average.
     """
 
     @staticmethod
-    def forward(ctx, split: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, split: Tensor, query: Tensor, shift: Tensor, eps: tuple[float, float]) -> Tensor:
         cells = split.clone(memory_format=torch.contiguous_format).flatten(4).flatten(0, 2)
         cells.sub_(cells.mean(dim=1, keepdim=True))
         precise = torch.promote_types(cells.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(cells, dim=1, dtype=precise)
+        variance = torch.linalg.vector_norm(cells, dim=1, keepdim=True, dtype=precise).square() / cells.shape[1]
+        unit_k, unit_v = ((variance + value).rsqrt().to(cells.dtype) for value in eps)  # (windows, 1, cells)
+        products = query @ cells
+        scores = products * unit_k + shift
+        weights = torch.nan_to_num(scores).softmax(dim=2)
         ctx.shape = split.shape
-        ctx.save_for_backward(cells, norms)
-        return cells, norms
+        ctx.save_for_backward(cells, query, unit_k, unit_v, products, weights, scores.isfinite())
+        return (weights * unit_v) @ cells.transpose(1, 2)  # (windows, 1, channels)
 
     @staticmethod
-    def backward(ctx, to_cells: Tensor, to_norms: Tensor) -> Tensor:
-        cells, norms = ctx.saved_tensors
-        along = (to_norms / norms).masked_fill(norms == 0, 0).to(cells.dtype)  # cells all the same have no direction
-        gradient = torch.addcmul(to_cells, cells, along[:, None]).sub_(to_cells.mean(dim=1, keepdim=True))
-        return gradient.view(ctx.shape)
+    @once_differentiable
+    def backward(ctx, to_average: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+        cells, query, unit_k, unit_v, products, weights, finite = ctx.saved_tensors
+        along = to_average @ cells  # (windows, 1, cells)
+        to_weights = along * unit_v
+        to_scores = weights * (to_weights - (weights * to_weights).sum(dim=2, keepdim=True)) * finite
+        to_products = to_scores * unit_k
+        to_query, to_shift = to_products @ cells.transpose(1, 2), to_scores.sum(dim=2, keepdim=True)
+        if not ctx.needs_input_grad[0]:
+            return None, to_query, to_shift, None
+        # d unit / d variance = -unit^3 / 2, and d variance / d cell = 2 cell / channels
+        to_variance = to_scores * products * unit_k**3 + weights * along * unit_v**3
+        factors = torch.cat([to_products, weights * unit_v], dim=1)  # (windows, 2, cells)
+        to_cells = torch.cat([query, to_average], dim=1).transpose(1, 2) @ factors
+        to_cells.addcmul_(cells, to_variance, value=-1 / cells.shape[1])
+        return to_cells.sub_(to_cells.mean(dim=1, keepdim=True)).view(ctx.shape), to_query, to_shift, None
 
 
 class PatchInfoMiningFusion(EncoderFusion):
@@ -152,17 +175,13 @@ class PatchInfoMiningFusion(EncoderFusion):
         Returns:
             (windows, channels).
         """
-        cells, norms = CentredCells.apply(split)  # (windows, detail channels, cells), (windows, cells)
-        variance = norms.square() / cells.shape[1]  # (windows, cells)
-        to_unit_k, to_unit_v = (
-            (variance + norm.eps).rsqrt().to(cells.dtype)[:, None] for norm in (self.k_norm, self.v_norm)
-        )
         folded = (query @ self.k_proj.weight)[:, None]  # (windows, 1, detail channels)
         # the shift is the same for all cells of a window; only beside NaN scores, which count as zero, does it matter
         shift = folded @ self.k_norm.bias + (query @ self.k_proj.bias)[:, None]
-        scores = (folded * self.k_norm.weight) @ cells * to_unit_k + shift[:, None]
-        weights = torch.nan_to_num(scores).softmax(dim=2) * to_unit_v  # (windows, 1, cells)
-        average = (cells @ weights.transpose(1, 2))[:, :, 0]  # (windows, detail channels)
+        eps = (self.k_norm.eps, self.v_norm.eps)
+        given = [part.to(split.dtype) for part in (folded * self.k_norm.weight, shift[:, None])]
+        with torch.autocast(split.device.type, enabled=False):  # the way back runs without it, too
+            average = WindowAttention.apply(split, *given, eps)[:, 0]
         return self.v_proj(average * self.v_norm.weight + self.v_norm.bias)
 
     def plain_attention(self, query: Tensor, split: Tensor) -> Tensor:
