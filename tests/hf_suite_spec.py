@@ -15,6 +15,7 @@ from transformers import (
     Dinov2Config,
     DistilBertConfig,
     DPTImageProcessorPil,
+    LlamaConfig,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import is_torchvision_available
@@ -24,6 +25,8 @@ from vitweave.configuration.configuration_dense_predictor import DensePredictorC
 from vitweave.configuration.configuration_eva02_det import Eva02DetConfig
 from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
+from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfig
+from vitweave.configuration.configuration_multi_encoder_vlm import MultiEncoderVlmConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
@@ -34,6 +37,12 @@ from vitweave.modeling.modeling_layer_fusion import (
     LayerFusionForImageClassification,
     LayerFusionModel,
 )
+from vitweave.modeling.modeling_multi_encoder import (
+    MultiEncoderBackbone,
+    MultiEncoderForImageClassification,
+    MultiEncoderModel,
+)
+from vitweave.modeling.modeling_multi_encoder_vlm import MultiEncoderVlmForConditionalGeneration, MultiEncoderVlmModel
 from vitweave.modeling.modeling_specialized_vit import (
     SpecializedViTBackbone,
     SpecializedViTForImageClassification,
@@ -281,6 +290,78 @@ def tiny_dinov2() -> Dinov2Config:
     return Dinov2Config(**options, out_indices=[1, 2])
 
 
+def tiny_tower(**options) -> MultiEncoderConfig:
+    """Encoders whose attention is one module per layer, as the check of the attention interface expects."""
+    return MultiEncoderConfig(encoder_configs=[tiny_vit(), tiny_dinov2()], image_size=30, **options)
+
+
+def multi_encoder(name: str, backbone: bool = False, **options) -> ModelSuiteSpec:
+    skips = {
+        "test_attention_outputs": "attentions are those of several encoders, which are not returned",
+        "test_hidden_states_output": "one hidden state, the fused tokens",
+        "test_retain_grad_hidden_states_attentions": "attentions are not returned",
+    }
+    if backbone:
+        skips["test_backbone_stage_selection"] = "asks for the last two maps of one"
+        skips["test_config"] = "it has one map"
+    return ModelSuiteSpec(
+        name=name,
+        config_class=MultiEncoderConfig,
+        make_config=lambda: tiny_tower(num_labels=3, **options),
+        make_inputs=lambda config: pixels(),
+        other_inputs=lambda config: pixels(2, (42, 24)),
+        model_classes=[MultiEncoderBackbone] if backbone else [MultiEncoderModel, MultiEncoderForImageClassification],
+        base_model_classes=[] if backbone else [MultiEncoderModel],
+        backbone_classes=[MultiEncoderBackbone] if backbone else [],
+        classification_classes=[] if backbone else [MultiEncoderForImageClassification],
+        is_composite=True,
+        tester_attrs={"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "image_size": 30}
+        | {"seq_length": 25, "num_masks": 13, "mask_length": 25},
+        config_kwargs={"fusion_type": "add"},
+        config_common_properties=["fusion_type"],
+        skips=skips,
+        overrides={"test_can_load_ignoring_mismatched_shapes": mismatched_shapes_with_switches},
+        pipelines={}
+        if backbone
+        else {
+            "image-classification": MultiEncoderForImageClassification,
+            "image-feature-extraction": MultiEncoderModel,
+        },
+        pipeline_image_processor=lambda: BitImageProcessorPil(size=SIZE, crop_size=SIZE),
+    )
+
+
+def questions(batch: int = 4) -> dict:
+    """Two words, an image of 25 tokens, five words."""
+    words = torch.randint(5, 99, (batch, 32))
+    words[:, 2:27] = 3
+    return pixels(batch) | {"input_ids": words, "attention_mask": torch.ones_like(words)}
+
+
+def vlm(name: str, skip: dict | None = None, **options) -> ModelSuiteSpec:
+    sizes = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = LlamaConfig(vocab_size=99, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes)
+    return ModelSuiteSpec(
+        name=name,
+        config_class=MultiEncoderVlmConfig,
+        make_config=lambda: MultiEncoderVlmConfig(
+            vision_config=tiny_tower(), text_config=copy.deepcopy(text), image_token_id=3, **options
+        ),
+        make_inputs=lambda config: questions(),
+        model_classes=[MultiEncoderVlmModel, MultiEncoderVlmForConditionalGeneration],
+        base_model_classes=[MultiEncoderVlmModel],
+        is_composite=True,
+        seq_length=32,
+        tester_attrs={"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "image_size": 30}
+        | {"encoder_seq_length": 32, "key_length": 32, "vocab_size": 99},
+        config_kwargs={"projector_type": "linear"},
+        config_common_properties=["projector_type"],
+        class_attrs={"additional_model_inputs": ["pixel_values"]},
+        skips=skip or {},
+        overrides={"test_can_load_ignoring_mismatched_shapes": mismatched_shapes_with_switches},
+    )
+
+
 def specs() -> list[ModelSuiteSpec]:
     return [
         specialized_vit("specialized_vit"),
@@ -306,6 +387,9 @@ def specs() -> list[ModelSuiteSpec]:
             local_loss_weight=0.5,
             contrastive_loss="siglip",
         ),
+        multi_encoder("multi_encoder_vision"),
+        multi_encoder("multi_encoder_maps", backbone=True),
+        vlm("multi_encoder_vlm"),
         dense_predictor("dense_predictor", lambda: tiny_vit(out_indices=[1, 2]), "linear"),
         dense_predictor("dense_predictor_dinov2", tiny_dinov2, "mlp"),
         depth_predictor("depth_predictor", lambda: tiny_vit(out_indices=[1, 2]), "linear"),

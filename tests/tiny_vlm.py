@@ -70,7 +70,16 @@ def tiny_images(count: int, seed: int = 0, size: int = 32) -> list[Image.Image]:
 
 
 QUESTION = "user : <image> what is in this picture ? assistant : "
-ANSWERS = ["a red cat", "a blue dog", "two green", "the car is red", "one cat and a dog", "three car", "dog", "blue car"]
+ANSWERS = [
+    "a red cat",
+    "a blue dog",
+    "two green",
+    "the car is red",
+    "one cat and a dog",
+    "three car",
+    "dog",
+    "blue car",
+]
 
 
 class EightSamples(torch.utils.data.Dataset):
@@ -91,7 +100,9 @@ class EightSamples(torch.utils.data.Dataset):
         texts = [QUESTION + sample["answer"] + " </s>" for sample in samples]
         batch = self.processor(images=[[s["image"]] for s in samples], text=texts, padding=True, return_tensors="pt")
         ids = batch["input_ids"]
-        answers = [len(self.processor.tokenizer(s["answer"] + " </s>", add_special_tokens=False).input_ids) for s in samples]
+        answers = [
+            len(self.processor.tokenizer(s["answer"] + " </s>", add_special_tokens=False).input_ids) for s in samples
+        ]
         said = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(answers)[:, None]  # padded on the left
         return {**batch, "labels": ids.masked_fill(~said, -100)}
 

@@ -1,5 +1,7 @@
 """Config of a vision-language model over a tower of vision encoders."""
 
+import re
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -10,6 +12,7 @@ from vitweave.configuration.encoder_configs import resolve_config
 from vitweave.configuration.encoder_facts import vision_part
 from vitweave.configuration.image_tokens import check_token_layout, count_image_tokens
 
+PROJECTORS = r"identity|linear|mlp\d+x_gelu|norm_mlp|residual|se_mlp"
 SAME_WIDTH = ("identity", "residual")  # projectors that cannot change the number of channels
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what some heads do after the Linear
 
@@ -91,7 +94,9 @@ class MultiEncoderVlmConfig(VitweaveConfig):
         check_token_layout(tower.num_tokens, tower.fused_grid, self.image_newline, self.unpad)
 
     def validate_projector(self):
-        """Refuse a projector that keeps the number of channels where that has to change."""
+        """Refuse an unknown projector, and one that keeps the number of channels where that has to change."""
+        if not re.fullmatch(PROJECTORS, self.projector_type):
+            raise ValueError(f"unknown projector_type {self.projector_type!r}; known: {PROJECTORS.split('|')}")
         width, wanted = self.vision_config.fused_size, self.text_config.hidden_size
         if self.projector_type in SAME_WIDTH and width != wanted:
             raise ValueError(

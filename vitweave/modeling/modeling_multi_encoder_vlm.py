@@ -54,7 +54,6 @@ class MultiEncoderVlmModel(MultiEncoderVlmPreTrainedModel):
     def see(
         self,
         pixel_values: Tensor | None,
-        num_tiles: Tensor | None,
         image_sizes: Tensor | None,
         encoder_outputs: EncodedByAll | None,
         **kwargs,
@@ -98,7 +97,7 @@ class MultiEncoderVlmModel(MultiEncoderVlmPreTrainedModel):
             pooler_output, one (tokens, hidden) per image; last_hidden_state (tiles, tokens, channels) of the tower.
         """
         check_images(pixel_values, num_tiles, image_sizes, encoder_outputs, self.config.unpad)
-        tokens, per_tile, seen = self.see(pixel_values, num_tiles, image_sizes, encoder_outputs, **kwargs)
+        tokens, per_tile, seen = self.see(pixel_values, image_sizes, encoder_outputs, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=seen.last_hidden_state,
             pooler_output=list(tokens.split(image_lengths(tokens, per_tile, num_tiles))),
@@ -116,28 +115,36 @@ class MultiEncoderVlmModel(MultiEncoderVlmPreTrainedModel):
         """Where the text has image tokens, (batch, tokens, 1); refused where their number is not that of the images.
 
         Args:
-            image_features: (tokens, hidden) of all images; None checks nothing.
-            lengths: tokens of every image, for a message that names the sample.
+            image_features: (tokens, hidden) of all images.
+            lengths: tokens of every image; None takes them for one image, or checks nothing if there are none.
         """
         if input_ids is None:
             token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
-        if image_features is not None and not torch.compiler.is_compiling():
-            counts = mask.sum(dim=1).tolist()
-            if lengths is not None or sum(counts) != image_features.shape[0]:
-                images_per_sample(counts, [image_features.shape[0]] if lengths is None else lengths)
+        if lengths is None and image_features is not None:
+            lengths = [image_features.shape[0]]
+        if lengths is not None and not torch.compiler.is_compiling():
+            images_per_sample(mask.sum(dim=1).tolist(), lengths)
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
-    def dummy_features(self) -> Tensor:
-        """Tokens of a blank tile: with a weight of zero they give every vision parameter a gradient in a batch without
-        images, as LEO does it; otherwise processes that train together would wait for each other."""
-        tower = self.vision_tower
-        size = as_pair(self.config.vision_config.image_size)
-        blank = torch.zeros(1, self.config.vision_config.num_channels, *size, dtype=tower.dtype, device=tower.device)
-        whole = torch.tensor([size], device=tower.device)
-        return self.see(blank, None, whole, None)[0]
+    def without_images(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """The embeddings of a batch without images, refused where its text has placeholders.
+
+        In training, the tokens of a blank tile are added with a weight of zero, as in LEO: every vision parameter gets
+        a gradient, so that processes that train together do not wait for each other.
+        """
+        self.get_placeholder_mask(input_ids, inputs_embeds, lengths=[])
+        parts = (self.vision_tower, self.multi_modal_projector, self.image_newline)
+        vision = [weight for part in parts if part is not None for weight in part.parameters()]
+        if not self.training or not any(weight.requires_grad for weight in vision):
+            return inputs_embeds
+        config, tower = self.config.vision_config, self.vision_tower
+        size = as_pair(config.image_size)
+        blank = torch.zeros(1, config.num_channels, *size, dtype=tower.dtype, device=tower.device)
+        tokens, _, _ = self.see(blank, torch.tensor([size], device=tower.device), None)
+        return inputs_embeds + 0 * tokens.sum().to(inputs_embeds)
 
     # Both ------------------------------------------------------------------------------------------------------------
 
@@ -170,15 +177,15 @@ class MultiEncoderVlmModel(MultiEncoderVlmPreTrainedModel):
             features, lengths = torch.cat(list(images.pooler_output)), [len(one) for one in images.pooler_output]
         elif has_images:
             check_images(pixel_values, num_tiles, image_sizes, encoder_outputs, self.config.unpad)
-            features, per_tile, _ = self.see(pixel_values, num_tiles, image_sizes, encoder_outputs)
+            features, per_tile, _ = self.see(pixel_values, image_sizes, encoder_outputs)
             if not torch.compiler.is_compiling():
                 lengths = image_lengths(features, per_tile, num_tiles)
         if features is not None:
             features = features.to(inputs_embeds)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, features, lengths)
             inputs_embeds = inputs_embeds.masked_scatter(mask, features)
-        elif self.training and any(weight.requires_grad for weight in self.vision_parameters()):
-            inputs_embeds = inputs_embeds + 0 * self.dummy_features().sum().to(inputs_embeds)
+        elif past_key_values is None or past_key_values.get_seq_length() == 0:
+            inputs_embeds = self.without_images(input_ids, inputs_embeds)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -194,11 +201,6 @@ class MultiEncoderVlmModel(MultiEncoderVlmPreTrainedModel):
             attentions=outputs.get("attentions"),
             image_hidden_states=features,
         )
-
-    def vision_parameters(self) -> list[nn.Parameter]:
-        """All that is on the way from pixels to the language model."""
-        parts = (self.vision_tower, self.multi_modal_projector, self.image_newline)
-        return [parameter for part in parts if part is not None for parameter in part.parameters()]
 
 
 class MultiEncoderVlmForConditionalGeneration(MultiEncoderVlmPreTrainedModel, ImageGenerationMixin):
