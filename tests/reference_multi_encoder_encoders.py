@@ -4,6 +4,8 @@ from transformers import PreTrainedModel
 
 from vitweave.configuration.encoder_configs import resolve_config
 from vitweave.configuration.encoder_facts import encoder_facts
+from vitweave.modeling.conversion.encoder_names import CLIP, INTERN_VIT, SAM
+from vitweave.modeling.conversion.release import Part, converted
 from vitweave.modeling.own_models import build_model
 from vitweave.modeling.vision_encoder import VisionEncoder
 
@@ -16,7 +18,7 @@ def loaded(case, config: dict, state: dict) -> PreTrainedModel:
 
 
 def replay_clip_tower(case):
-    state = {name.removeprefix("vision_model."): tensor for name, tensor in case.group("state").items()}
+    state = converted([Part("", "", CLIP)], case.group("state"))
     model = loaded(case, {"model_type": "clip_vision_model", **case.sidecar["clip"]}, state)
     encoder = VisionEncoder(model, class_token="drop_before")
     images = {name: pixels for name, pixels in case.group("input").items() if name.startswith("pixel_values_")}
@@ -30,38 +32,10 @@ def replay_clip_tower(case):
 
 
 def replay_sam(case):
-    state = {f"vision_encoder.{name}": tensor for name, tensor in case.group("state").items()}
+    state = converted([Part("", "", SAM)], case.group("state"))
     model = loaded(case, {"model_type": "sam_vision_model", **case.sidecar["args"]}, state)
     encoder = VisionEncoder(model)
     case.check("output.neck_map", encoder(case.tensors["input.pixel_values"]).feature_maps[0])
-
-
-INTERN_VIT_NAMES = {
-    "embeddings.class_embedding": "embeddings.cls_token",
-    "embeddings.position_embedding": "embeddings.position_embeddings",
-    "embeddings.patch_embedding.": "embeddings.patch_embeddings.projection.",
-    "encoder.layers.": "encoder.layer.",
-    ".norm1.": ".layernorm_before.",
-    ".norm2.": ".layernorm_after.",
-    ".ls1": ".lambda_1",
-    ".ls2": ".lambda_2",
-    ".attn.proj.": ".attention.projection_layer.",
-    ".attn.": ".attention.",
-}
-
-
-def intern_vit_state(state: dict) -> dict:
-    """Released InternViT weights under transformers' names; the stacked query, key and value rows are taken apart."""
-    renamed = {}
-    for name, tensor in state.items():
-        for official, ours in INTERN_VIT_NAMES.items():
-            name = name.replace(official, ours)
-        if ".attention.qkv." in name:
-            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[name.replace(".qkv.", f".{part}_proj.")] = rows
-        else:
-            renamed[name] = tensor
-    return renamed
 
 
 def replay_intern_vit(case):
@@ -74,7 +48,7 @@ def replay_intern_vit(case):
         "use_absolute_position_embeddings": True,
         **facts,
     }
-    model = loaded(case, config, intern_vit_state(case.group("state")))
+    model = loaded(case, config, converted([Part("", "", INTERN_VIT)], case.group("state")))
     features = VisionEncoder(model, layers=[-1, -2])(case.tensors["input.pixel_values"])
     case.check("output.last_hidden_state", features.states[0])
     case.check("output.hidden_states_minus_2", features.states[1])

@@ -1,13 +1,14 @@
 """Replays of the vectors of LLaVA-HR's adapters and Mini-Gemini's patch info mining."""
 
 import importlib.util
-import re
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import ConvNextConfig, ConvNextModel
 
+from vitweave.modeling.conversion.encoder_names import CONVNEXT, TIMM_CONVNEXT
+from vitweave.modeling.conversion.release import Part, converted
 from vitweave.modeling.encoder_fusion.base import EncoderMaps
 from vitweave.modeling.encoder_fusion.mixture_of_resolution import MixtureOfResolutionAdapter, MixtureOfResolutionFusion
 from vitweave.modeling.encoder_fusion.patch_info_mining import PatchInfoMiningFusion
@@ -27,18 +28,6 @@ MINING_NAMES = {
     "vlm_uni_val_projector.1.": "v_proj.",
 }
 PROJECTOR_NAMES = {"mm_projector.0.": "linear_1.", "mm_projector.2.": "linear_2."}
-CONVNEXT_NAMES = {  # timm -> transformers, in this order
-    "vision_stem.0.": "embeddings.patch_embeddings.",
-    "vision_stem.1.": "embeddings.layernorm.",
-    "vision_stages.": "encoder.stages.",
-    ".downsample.": ".downsampling_layer.",
-    ".blocks.": ".layers.",
-    ".conv_dw.": ".dwconv.",
-    ".norm.": ".layernorm.",
-    ".mlp.fc1.": ".pwconv1.",
-    ".mlp.fc2.": ".pwconv2.",
-    ".gamma": ".layer_scale_parameter",
-}
 
 
 def renamed(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
@@ -147,16 +136,11 @@ def replay_input_prep(case):
     case.check("output.crops_then_global", views.roll(-1, dims=1).flatten(0, 1))
 
 
-def convnext_state(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """The layer scale is `gamma` or `weight`, by the version of timm that wrote it."""
-    return renamed({re.sub(r"(blocks\.\d+)\.weight$", r"\1.gamma", name): t for name, t in state.items()}, names)
-
-
 def replay_convnext(case):
     pixels, sizes = case.tensors["input.pixel_values"], {key: case.sidecar[key] for key in ("dims", "depths")}
     if case.sidecar["norm_eps"] == 1e-6:  # the only one that transformers has
         model = ConvNextModel(ConvNextConfig(hidden_sizes=sizes["dims"], depths=sizes["depths"])).to(case.dtype).eval()
-        left_out = model.load_state_dict(convnext_state(case.group("state"), CONVNEXT_NAMES), strict=False)
+        left_out = model.load_state_dict(converted([Part("", "", CONVNEXT)], case.group("state")), strict=False)
         assert left_out.missing_keys == ["layernorm.weight", "layernorm.bias"] and not left_out.unexpected_keys
         stages = VisionEncoder(model, layers=[1, 2, 3, 4], final_norm=False)(pixels).feature_maps
     else:
@@ -173,9 +157,8 @@ def timm_stages(case, pixels: Tensor, **sizes) -> list[Tensor]:
     from timm.models.convnext import ConvNeXt
 
     model = ConvNeXt(num_classes=0, norm_eps=case.sidecar["norm_eps"], conv_mlp=False, **sizes).to(case.dtype).eval()
-    left_out = model.load_state_dict(
-        convnext_state(case.group("state"), {"vision_stem": "stem", "vision_stages": "stages"}), strict=False
-    )
+    state = converted([Part("", "", TIMM_CONVNEXT)], case.group("state"))
+    left_out = model.load_state_dict({name.removeprefix("timm_model."): t for name, t in state.items()}, strict=False)
     assert left_out.missing_keys == ["head.norm.weight", "head.norm.bias"] and not left_out.unexpected_keys
     stages, state = [], model.stem(pixels)
     for stage in model.stages:

@@ -1,49 +1,22 @@
-"""Replays of Cambrian-1's spatial vision aggregator: its sampler, and the connector up to the embedded prompt.
-
-`SAMPLER_NAMES` and `CONNECTOR_NAMES` translate official tensor names to ours, first match first.
-"""
-
-import re
+"""Replays of Cambrian-1's spatial vision aggregator: its sampler, and the connector up to the embedded prompt."""
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from vitweave.modeling.conversion.cambrian import PROJECTION, SAMPLER
+from vitweave.modeling.conversion.release import Part, converted, place
 from vitweave.modeling.encoder_fusion.base import EncoderMaps
 from vitweave.modeling.encoder_fusion.spatial_vision_aggregator import SpatialVisionAggregatorFusion
 from vitweave.modeling.sva_layers import SpatialVisionSampler
 from vitweave.modeling.visible_tokens import add_newlines
 
-SAMPLER_NAMES = [
-    (r"\.cross_attn\.q_proj\.0\.", r".attention.q_norm."),
-    (r"\.cross_attn\.q_proj\.1\.", r".attention.q_proj."),
-    (r"\.cross_attn\.([kv])_proj_(\d+)\.0\.", r".attention.readers.\2.\1_norm."),
-    (r"\.cross_attn\.([kv])_proj_(\d+)\.1\.", r".attention.readers.\2.\1_proj."),
-    (r"\.cross_attn\.o_proj\.", r".attention.o_proj."),
-    (r"\.aggregate_(\d+)\.attention_layer\.linear_(\d)\.", r".readers.\1.fc\2."),
-    (r"\.aggregate_(\d+)\.attention_layer\.q_proj\.0\.", r".readers.\1.q_norm."),
-    (r"\.aggregate_(\d+)\.attention_layer\.q_proj\.1\.", r".readers.\1.q_proj."),
-    (r"\.aggregate_(\d+)\.attention_layer\.([kv])_proj\.0\.", r".readers.\1.readers.0.\2_norm."),
-    (r"\.aggregate_(\d+)\.attention_layer\.([kv])_proj\.1\.", r".readers.\1.readers.0.\2_proj."),
-    (r"\.aggregate_(\d+)\.attention_layer\.o_proj\.", r".readers.\1.o_proj."),
-    (r"\.(weight_mlp|proj_out)\.linear_(\d)\.", r".\1.fc\2."),
-]
-CONNECTOR_NAMES = [
-    (r"^vision_query$", r"query"),
-    (r"^mm_projector_aux_(\d+)\.0\.", r"projections.\1.fc1."),
-    (r"^mm_projector_aux_(\d+)\.2\.", r"projections.\1.fc2."),
-    (r"^mm_projector_aux_(\d+)\.3\.", r"projections.\1.norm."),
-    (r"^vision_sampler_(\d+)\.", r"samplers.\1."),
-    *SAMPLER_NAMES,
+CONNECTOR_PARTS = [
+    Part("vision_query", "query"),
+    Part("mm_projector_aux_", "projections.", PROJECTION),
+    Part("vision_sampler_", "samplers.", SAMPLER),
 ]
 AFTER_THE_CONNECTOR = ("mm_projector.", "image_newline", "embed_tokens.")
-
-
-def renamed(name: str, table: list[tuple[str, str]]) -> str:
-    """Our name of an official tensor."""
-    for pattern, replacement in table:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def replay_sampler(case):
@@ -58,7 +31,7 @@ def replay_sampler(case):
         case.sidecar["num_heads"],
         facts["layer_type"],
     )
-    state = {renamed(name, SAMPLER_NAMES): tensor for name, tensor in case.group("state").items()}
+    state = converted([Part("", "", SAMPLER)], case.group("state"))
     sampler.to(case.dtype).load_state_dict(state, strict=True)
     given, maps = case.group("input"), range(len(facts["kv_size_list"]))
     windows = [given[f"latents_{index}"][:, None] for index in maps]  # one position per query
@@ -101,7 +74,8 @@ def replay_connector(case):
         depth=facts["connector_depth"],
         num_heads=facts.get("num_heads", 16),
     )
-    own = {renamed(n, CONNECTOR_NAMES): t for n, t in state.items() if not n.startswith(AFTER_THE_CONNECTOR)}
+    own = converted(CONNECTOR_PARTS, state)
+    assert all(name.startswith(AFTER_THE_CONNECTOR) for name in place(CONNECTOR_PARTS, state).unknown)
     fusion.to(case.dtype).load_state_dict(own, strict=True)
     projector = torch.nn.Sequential(
         torch.nn.Linear(fusion.hidden_size, facts["llm_hidden_size"]),

@@ -1,4 +1,4 @@
-"""`vitweave convert SOURCE --preset P --out OUT`: a released multi-encoder checkpoint becomes one that AutoModel opens."""
+"""`vitweave convert SOURCE --preset P --out OUT`: a released multi-encoder checkpoint becomes one of ours."""
 
 import argparse
 from pathlib import Path
@@ -19,8 +19,8 @@ def add_convert_command(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="turn a released LLaVA-HR, Mini-Gemini, EAGLE, LEO, Cambrian-1 or InternVL checkpoint into one of ours",
-        description="Convert the released checkpoint SOURCE (safetensors), write it into OUT, and say what became of every"
-        " tensor. With a language model in it, it becomes a vision-language model, else a tower of encoders.",
+        description="Convert the released checkpoint SOURCE (safetensors), write it into OUT, and say what became of"
+        " every tensor. With a language model in it, it becomes a vision-language model, else a tower of encoders.",
     )
     parser.add_argument("source", metavar="SOURCE", type=Path, help="folder of the release, or a safetensors file")
     parser.add_argument("--preset", required=True, help="llava-hr, eagle-x5, mgm, leo, cambrian, ...")

@@ -16,7 +16,7 @@ from vitweave.configuration.multi_encoder_presets import multi_encoder_preset
 from vitweave.modeling.conversion.encoder_sizes import resized_encoder, tensors_below
 from vitweave.modeling.conversion.language_models import text_config_of
 from vitweave.modeling.conversion.placed_tensors import PlacedTensors
-from vitweave.modeling.conversion.release import TOWER, Part, Placement, Release, place, taken_apart
+from vitweave.modeling.conversion.release import TOWER, Part, Placement, Release, converted, place
 from vitweave.modeling.conversion.release_registry import find_release
 from vitweave.modeling.conversion.report import ConversionReport
 from vitweave.modeling.conversion.stored_tensors import Source, StoredTensors
@@ -80,10 +80,7 @@ def tower_config(
 ) -> MultiEncoderConfig:
     """The preset with the sizes that the release's tensors have."""
     config = multi_encoder_preset(preset)
-    placement = place(parts_of(release, config, None), stored.shapes)
-    tower = {}
-    for name in placement.placed:
-        tower |= taken_apart(placement, name, stored.shapes[name])
+    tower = converted(parts_of(release, config, None), stored.shapes)
     members, options = list(config.encoder_configs), [dict(entry) for entry in config.encoder_options]
     for index, member in enumerate(members):
         if index in given:
@@ -100,7 +97,9 @@ def tower_config(
 def with_encoders(config: MultiEncoderConfig, given: dict[int, PreTrainedModel]) -> MultiEncoderConfig:
     """The config for encoders that are given as models."""
     config = deepcopy(config)
-    config.encoder_configs = [given[index].config if index in given else member for index, member in enumerate(config.encoder_configs)]
+    config.encoder_configs = [
+        given[index].config if index in given else member for index, member in enumerate(config.encoder_configs)
+    ]
     return config
 
 

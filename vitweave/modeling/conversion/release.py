@@ -1,7 +1,7 @@
 """What a released multi-encoder model tells: which of its tensors go where in ours."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -111,6 +111,14 @@ def taken_apart(placement: Placement, name: str, tensor: Tensor) -> dict[str, Te
     """The tensors of ours that an official one holds."""
     part, targets = placement.placed[name]
     return dict(zip(targets, part.split(tensor, len(targets)) if len(targets) > 1 else [tensor], strict=True))
+
+
+def converted(parts: Sequence[Part], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official tensors by our names, as far as they have a part."""
+    placement, found = place(parts, tensors), {}
+    for name in placement.placed:
+        found |= taken_apart(placement, name, tensors[name])
+    return found
 
 
 def encoder_parts(

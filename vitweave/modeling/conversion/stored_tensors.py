@@ -138,6 +138,6 @@ def pickle_refused(path: Path) -> ValueError:
     """The error for weights in a pickle, which runs code when it is opened."""
     return ValueError(
         f"expected safetensors, got {path}, a pickle, which vitweave does not open. If you trust where it comes from,"
-        f" save it again once: state = torch.load({path.name!r}, weights_only=True); safetensors.torch.save_file({{name:"
-        f" tensor.contiguous() for name, tensor in state.items()}}, {path.with_suffix('.safetensors').name!r})"
+        f" save it again once: state = torch.load({path.name!r}, weights_only=True); safetensors.torch.save_file("
+        f"{{name: tensor.contiguous() for name, tensor in state.items()}}, {path.with_suffix('.safetensors').name!r})"
     )
