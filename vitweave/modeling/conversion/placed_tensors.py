@@ -52,7 +52,7 @@ class PlacedTensors:
         live = model.state_dict()
         tensors, origin, twice = self.shapes()
         found = tensors if tensors.keys() <= live.keys() else to_live_names(model, tensors)
-        unknown = [*self.placement.unknown, *(origin[name] for name in found if name not in live)]
+        unknown = sorted({*self.placement.unknown, *(origin[name] for name in found if name not in live)})
         shapes = [
             f"{origin.get(name, name)}: expected {list(live[name].shape)}, got {list(tensor.shape)}"
             for name, tensor in found.items()
