@@ -26,6 +26,7 @@ PRINTING = (
     "cli.py",
     "cli_compare.py",
     "cli_convert.py",
+    "cli_compare_encoders.py",
     "cli_search.py",
     "cli_specialize.py",
     "command.py",

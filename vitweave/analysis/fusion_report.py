@@ -1,4 +1,4 @@
-"""A comparison of layer fusions as a table, as JSON and as a plot."""
+"""A comparison of fusions as a table, as JSON and as a plot."""
 
 import json
 from pathlib import Path
@@ -28,6 +28,11 @@ def markdown_table(rows: list[dict]) -> str:
                 f"{row['milliseconds']:.3f}",
             ]
         )
+    return as_table(lines)
+
+
+def as_table(lines: list[list[str]]) -> str:
+    """Lines of cells as Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -46,19 +51,28 @@ def chance_rsum(pairs: int) -> float:
     return 2 * sum(min(1.0, cutoff / pairs) for cutoff in (1, 5, 10))
 
 
-def plot_rows(rows: list[dict], path: str | Path) -> None:
-    """Mean RSUM with its interval per fusion, a dot per seed, a line at the baseline."""
+def plot_rows(
+    rows: list[dict], path: str | Path, name: str = "fusion", metric: str = "rsum", base: float | None = None, **words
+) -> None:
+    """Mean with its interval per row, a dot per seed, a line at the baseline.
+
+    Args:
+        name, metric: the entries of a row that label it and that are drawn.
+        base: where the line stands; None for the first row's.
+        words: title, what and line of the label.
+    """
+    words = {"title": "RSUM", "what": "the validation pairs", "line": "baseline"} | words
     figure = new_figure(8, 1.2 + 0.36 * len(rows))
     axis = figure.subplots()
     for height, row in enumerate(reversed(rows)):
-        mean, low, high = (100 * row[name] for name in ("rsum", "low", "high"))
+        mean, low, high = (100 * row[entry] for entry in (metric, "low", "high"))
         axis.plot([low, high], [height, height], color="#4477aa", linewidth=2)
         axis.plot([mean], [height], marker="o", color="#4477aa", markersize=7)
-        seeds = [100 * entry["rsum"] for entry in row["seeds"]]
+        seeds = [100 * entry[metric] for entry in row["seeds"]]
         axis.plot(seeds, [height] * len(seeds), linestyle="", marker="|", color="#222222", markersize=9)
-    axis.axvline(100 * rows[0]["rsum"], color="#ee6677", linewidth=1, linestyle="--")
-    axis.set_yticks(range(len(rows)), [row["fusion"] for row in reversed(rows)])
-    axis.set_xlabel("RSUM (per cent); bar: 95 % bootstrap over the validation pairs, ticks: seeds, dashed: baseline")
+    axis.axvline(100 * (rows[0][metric] if base is None else base), color="#ee6677", linewidth=1, linestyle="--")
+    axis.set_yticks(range(len(rows)), [row[name] for row in reversed(rows)])
+    axis.set_xlabel("{title} (per cent); bar: 95 % bootstrap over {what}, ticks: seeds, dashed: {line}".format(**words))
     axis.grid(axis="x", alpha=0.3)
     figure.savefig(path)
 
@@ -72,12 +86,18 @@ def write_report(rows: list[dict], out: str | Path, facts: dict, plot: bool = Tr
     Returns:
         the table.
     """
-    out, rows = Path(out), best_first(rows)
+    rows = best_first(rows)
+    table = markdown_table(rows)
+    write_files(rows, out, facts, "Layer fusions in retrieval", table)
+    if plot:
+        plot_rows(rows, Path(out, "comparison.png"))
+    return table
+
+
+def write_files(rows: list[dict], out: str | Path, facts: dict, title: str, table: str) -> None:
+    """comparison.json and comparison.md."""
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "comparison.json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1))
-    table = markdown_table(rows)
     told = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    (out / "comparison.md").write_text(f"# Layer fusions in retrieval\n\n{told}\n\n{table}\n", encoding="utf-8")
-    if plot:
-        plot_rows(rows, out / "comparison.png")
-    return table
+    (out / "comparison.md").write_text(f"# {title}\n\n{told}\n\n{table}\n", encoding="utf-8")

@@ -44,6 +44,32 @@ class MultiEncoderPreTrainedModel(VitweavePreTrainedModel):
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()  # loading makes every parameter trainable again
         return loaded
 
+    @classmethod
+    def from_encoders(cls, encoders: Sequence[PreTrainedModel], **options) -> "MultiEncoderPreTrainedModel":
+        """Join loaded vision models, whose weights are kept.
+
+        Args:
+            encoders: any vision models, or ones with a vision part (CLIP).
+            options: fields of `MultiEncoderConfig`: `encoder_options`, `image_size`, `fusion_type`, `fusion_options`,
+                and of a classifier `num_labels` or `id2label`.
+        """
+        encoders = [find_vision_model(encoder) for encoder in encoders]
+        implementations = {
+            f"encoder_{index}": encoder.config._attn_implementation for index, encoder in enumerate(encoders)
+        }
+        config = MultiEncoderConfig(
+            encoder_configs=[encoder.config for encoder in encoders], attn_implementation=implementations, **options
+        )
+        for encoder in encoders:
+            for module in encoder.modules():
+                module._is_hf_initialized = True  # otherwise modules without the mark, e.g. adapters, are drawn anew
+        model = cls(config, encoders)
+        trunk = getattr(model, cls.base_model_prefix, model)
+        for part in (trunk.fusion, *model.children()):
+            if part is not trunk and not isinstance(part, VisionEncoder):
+                part.to(device=encoders[0].device, dtype=encoders[0].dtype)
+        return model
+
     def frozen_parts(self) -> list[nn.Module]:
         """The encoders that the config says to keep as they are."""
         trunk = getattr(self, self.base_model_prefix, self)
@@ -86,28 +112,6 @@ class MultiEncoderTrunk(MultiEncoderPreTrainedModel):
         )
         self.hand_down_attention()
         self.check_encoders()
-
-    @classmethod
-    def from_encoders(cls, encoders: Sequence[PreTrainedModel], **options) -> "MultiEncoderTrunk":
-        """Join loaded vision models, whose weights are kept.
-
-        Args:
-            encoders: any vision models, or ones with a vision part (CLIP).
-            options: fields of `MultiEncoderConfig`: `encoder_options`, `image_size`, `fusion_type`, `fusion_options`.
-        """
-        encoders = [find_vision_model(encoder) for encoder in encoders]
-        implementations = {
-            f"encoder_{index}": encoder.config._attn_implementation for index, encoder in enumerate(encoders)
-        }
-        config = MultiEncoderConfig(
-            encoder_configs=[encoder.config for encoder in encoders], attn_implementation=implementations, **options
-        )
-        for encoder in encoders:
-            for module in encoder.modules():
-                module._is_hf_initialized = True  # otherwise modules without the mark, e.g. adapters, are drawn anew
-        model = cls(config, encoders)
-        model.fusion.to(device=encoders[0].device, dtype=encoders[0].dtype)
-        return model
 
     @property
     def encoders(self) -> list[VisionEncoder]:

@@ -15,7 +15,6 @@ from vitweave.modeling.conversion.release_registry import RELEASES
 from vitweave.modeling.convert_multi_encoder import convert_multi_encoder
 from vitweave.modeling.own_models import build_model
 
-
 # what a release leaves to us: the second half of SAM's neck where it is not read, the norm of ConvNeXt's pooled output
 NEW = {
     "eagle-x4": {"encoder_1.model.layernorm"},
