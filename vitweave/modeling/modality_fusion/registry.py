@@ -1,9 +1,12 @@
 """The modality fusions by name."""
 
 from vitweave.modeling.modality_fusion.base import ModalityFusion
+from vitweave.modeling.modality_fusion.gemini import GeminiFusion
 from vitweave.modeling.options import check_options, pick
 
-MODALITY_FUSIONS: dict[str, type[ModalityFusion]] = {}
+MODALITY_FUSIONS: dict[str, type[ModalityFusion]] = {
+    "gemini": GeminiFusion,
+}
 
 
 def build_modality_fusion(
