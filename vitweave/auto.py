@@ -19,6 +19,7 @@ from vitweave.configuration.configuration_dense_predictor import DensePredictorC
 from vitweave.configuration.configuration_eva02_det import Eva02DetConfig
 from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
+from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfig
 from vitweave.configuration.configuration_multi_encoder_vlm import MultiEncoderVlmConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
@@ -30,6 +31,11 @@ from vitweave.modeling.modeling_layer_fusion import (
     LayerFusionBackbone,
     LayerFusionForImageClassification,
     LayerFusionModel,
+)
+from vitweave.modeling.modeling_modality_fusion import (
+    ModalityFusionBackbone,
+    ModalityFusionForSemanticSegmentation,
+    ModalityFusionModel,
 )
 from vitweave.modeling.modeling_multi_encoder import (
     MultiEncoderBackbone,
@@ -84,6 +90,15 @@ FAMILIES = (
             AutoModelForImageClassification: MultiEncoderForImageClassification,
         },
         (TILES,),
+    ),
+    (
+        ModalityFusionConfig,
+        {
+            AutoModel: ModalityFusionModel,
+            AutoBackbone: ModalityFusionBackbone,
+            AutoModelForSemanticSegmentation: ModalityFusionForSemanticSegmentation,
+        },
+        None,
     ),
     (
         MultiEncoderVlmConfig,

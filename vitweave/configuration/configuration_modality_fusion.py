@@ -9,7 +9,7 @@ from vitweave.configuration.encoder_configs import resolve_config
 from vitweave.configuration.encoder_facts import encoder_facts, vision_part
 
 STREAMS = {"segformer": "mit", "swin": "swin"}  # any other type is a plain ViT
-CHOICES = {"auxiliary": ("pairwise", "max"), "ensemble": ("trained", "mean")}
+CHOICES = {"auxiliary": ("pairwise", "max"), "ensemble": ("trained", "mean"), "merge": ("mean", "concat")}
 
 
 @strict
@@ -30,11 +30,17 @@ class ModalityFusionConfig(BackboneConfigMixin, VitweaveConfig):
         modality_dropout: probability in training that a modality of an image is left out; at least one stays.
         penalty_weight: of what the fusion asks to be added to the loss.
         decoder_hidden_size, decoder_dropout: of the MLP decoder over the stages.
+        decoder_frozen_norm: the decoder's batch norm keeps its statistics, mean 0 and variance 1 at the start.
         ensemble: how the logits of the modalities are averaged: by "trained" weights, or their "mean".
+        merge: of a backbone, how the maps of the streams become one: "mean", or "concat" along the channels.
+        losses: name of a loss -> its weight in the sum, see `vitweave/modeling/losses.py`; None is cross-entropy.
+        loss_options: name of a loss -> its constructor's arguments.
+        class_weights: how much each class counts in every loss, one number per label; None counts them equally.
         semantic_loss_ignore_index: label that does not count.
     """
 
     model_type = "modality_fusion_vision"
+    keys_to_ignore_at_inference = ["hidden_states", "modality_logits", "penalty"]  # of Trainer's predictions
     sub_configs = {"stream_config": AutoConfig}  # the form that works from transformers 5.13 to the newest
 
     modalities: list[str] | tuple[str, ...] = ("rgb", "depth")
@@ -50,7 +56,12 @@ class ModalityFusionConfig(BackboneConfigMixin, VitweaveConfig):
     penalty_weight: float | int = 1e-6
     decoder_hidden_size: int = 256
     decoder_dropout: float | int = 0.1
+    decoder_frozen_norm: bool = False
     ensemble: str = "trained"
+    merge: str = "mean"
+    losses: dict[str, float | int] | None = None
+    loss_options: dict[str, dict] | None = None
+    class_weights: list[float | int] | tuple[float | int, ...] | None = None
     semantic_loss_ignore_index: int = 255
     initializer_range: float = 0.02
     _out_features: list[str] | None = None

@@ -17,6 +17,12 @@ def _layer_fusion_vision() -> type[PreTrainedConfig]:
     return LayerFusionConfig
 
 
+def _modality_fusion_vision() -> type[PreTrainedConfig]:
+    from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
+
+    return ModalityFusionConfig
+
+
 def _multi_encoder_vision() -> type[PreTrainedConfig]:
     from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfig
 
@@ -39,6 +45,7 @@ def _specialized_vit() -> type[PreTrainedConfig]:
 OWN_CONFIGS: dict[str, Callable[[], type[PreTrainedConfig]]] = {
     "eva02_det_vit": _eva02_det_vit,
     "layer_fusion_vision": _layer_fusion_vision,
+    "modality_fusion_vision": _modality_fusion_vision,
     "multi_encoder_vision": _multi_encoder_vision,
     "multi_encoder_vlm": _multi_encoder_vlm,
     "specialized_vit": _specialized_vit,

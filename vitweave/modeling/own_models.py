@@ -25,6 +25,12 @@ def _layer_fusion_vision() -> dict[str, type[PreTrainedModel]]:
     return {"model": LayerFusionModel, "backbone": LayerFusionBackbone}
 
 
+def _modality_fusion_vision() -> dict[str, type[PreTrainedModel]]:
+    from vitweave.modeling.modeling_modality_fusion import ModalityFusionBackbone, ModalityFusionModel
+
+    return {"model": ModalityFusionModel, "backbone": ModalityFusionBackbone}
+
+
 def _multi_encoder_vision() -> dict[str, type[PreTrainedModel]]:
     from vitweave.modeling.modeling_multi_encoder import MultiEncoderBackbone, MultiEncoderModel
 
@@ -46,6 +52,7 @@ def _multi_encoder_vlm() -> dict[str, type[PreTrainedModel]]:
 OWN_MODELS = {
     "eva02_det_vit": _eva02_det_vit,
     "layer_fusion_vision": _layer_fusion_vision,
+    "modality_fusion_vision": _modality_fusion_vision,
     "multi_encoder_vision": _multi_encoder_vision,
     "multi_encoder_vlm": _multi_encoder_vlm,
     "pix2struct_vision_model": _pix2struct_vision_model,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 @dataclass
@@ -37,11 +38,26 @@ class ModalityStreams(nn.Module):
     channels: list[int]  # of every stage
     strides: list[int]  # pixels of one cell of every stage
 
-    def forward(self, pixel_values: Tensor, present: Tensor | None = None) -> StreamOutput:
+    def forward(
+        self, pixel_values: Tensor, present: Tensor | None = None, num_stages: int | None = None
+    ) -> StreamOutput:
         """
         Args:
             pixel_values: (batch, modalities, channels, height, width).
             present: (batch, modalities), bool, False where a sensor is absent; its pixels are not read then, not even
                 NaN.
+            num_stages: how many stages to run; None is all. The others' maps are left out.
         """
+        raise NotImplementedError
+
+    def load_encoder(self, encoder: PreTrainedModel) -> None:
+        """Take the weights of a pretrained encoder of `config.stream_config`; those of fusions stay as they are."""
+        raise NotImplementedError
+
+    def get_input_embeddings(self) -> nn.Module:
+        """What turns pixels into patches."""
+        raise NotImplementedError
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put another module in its place."""
         raise NotImplementedError
