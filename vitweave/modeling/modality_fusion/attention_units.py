@@ -74,7 +74,7 @@ class AttentionUnits(ModalityFusion):
             self.register_buffer("key_bias", torch.empty(units, hidden_size))
 
     def set_start_values(self) -> None:
-        """As the released code (a packed Xavier projection, truncated normal output), or that with a zero at the end."""
+        """As the released code (packed Xavier projection, truncated normal output), or that with a zero at the end."""
         for layer in (self.to_query, self.to_key, self.to_value):
             limit = (6 / (self.hidden_size + 3 * self.hidden_size)) ** 0.5  # of the three packed in one matrix
             init.uniform_(layer.weight, -limit, limit)

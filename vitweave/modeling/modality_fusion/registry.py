@@ -1,18 +1,15 @@
 """The modality fusions by name."""
 
 from vitweave.modeling.modality_fusion.base import ModalityFusion
-from vitweave.modeling.modality_fusion.gemini import GeminiFusion
-from vitweave.modeling.options import check_options, pick
-
-MODALITY_FUSIONS: dict[str, type[ModalityFusion]] = {
-    "gemini": GeminiFusion,
 from vitweave.modeling.modality_fusion.channel_exchange import ChannelExchangeFusion
+from vitweave.modeling.modality_fusion.gemini import GeminiFusion
 from vitweave.modeling.modality_fusion.rectify_fuse import RectifyFuseFusion
 from vitweave.modeling.modality_fusion.token_exchange import TokenExchangeFusion
 from vitweave.modeling.options import check_options, pick
 
 MODALITY_FUSIONS: dict[str, type[ModalityFusion]] = {
     "channel_exchange": ChannelExchangeFusion,
+    "gemini": GeminiFusion,
     "rectify_fuse": RectifyFuseFusion,
     "token_exchange": TokenExchangeFusion,
 }
