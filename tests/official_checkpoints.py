@@ -176,20 +176,20 @@ def mlp_projector(channels: int, width: int = TEXT.hidden_size) -> Shapes:
     return linear(f"{name}.0", width, channels) | linear(f"{name}.2", width, width)
 
 
-def llava_hr() -> Shapes:
-    slow, tower = DIMS[-1], "model.vision_tower"
-    shapes = below(f"{tower}.fast_vision_tower.vision_tower.", clip())
+def llava_hr(clip_width: int = WIDTH, side: int = 4) -> Shapes:
+    width, slow, tower = clip_width, DIMS[-1], "model.vision_tower"
+    shapes = below(f"{tower}.fast_vision_tower.vision_tower.", clip(side, clip_width))
     shapes |= below(f"{tower}.slow_vision_tower.vision_tower.", convnext(head=True))
     for index in range(3):
         adapter = f"{tower}.align_stages_latent.{index}"
         shapes |= {f"{adapter}.slow_conv.weight": (slow, slow, 1, 1), f"{adapter}.slow_conv.bias": (slow,)}
-        shapes |= {f"{adapter}.slow_proj.weight": (WIDTH, slow, 1, 1), f"{adapter}.slow_proj.bias": (WIDTH,)}
-        shapes |= {f"{adapter}.fast_conv.weight": (WIDTH, 1, 7, 7), f"{adapter}.fast_conv.bias": (WIDTH,)}
-        shapes |= {f"{adapter}.fast_proj.weight": (WIDTH, WIDTH, 1, 1), f"{adapter}.fast_proj.bias": (WIDTH,)}
-        shapes |= linear(f"{adapter}.gate.0", WIDTH // 2, 2 * WIDTH) | linear(f"{adapter}.gate.2", 1, WIDTH // 2)
-    shapes |= linear(f"{tower}.align_stages.0.fast_proj", WIDTH, WIDTH)
-    shapes |= linear(f"{tower}.align_stages.0.slow_proj", WIDTH, slow)
-    return shapes | mlp_projector(WIDTH) | llama()
+        shapes |= {f"{adapter}.slow_proj.weight": (width, slow, 1, 1), f"{adapter}.slow_proj.bias": (width,)}
+        shapes |= {f"{adapter}.fast_conv.weight": (width, 1, 7, 7), f"{adapter}.fast_conv.bias": (width,)}
+        shapes |= {f"{adapter}.fast_proj.weight": (width, width, 1, 1), f"{adapter}.fast_proj.bias": (width,)}
+        shapes |= linear(f"{adapter}.gate.0", width // 2, 2 * width) | linear(f"{adapter}.gate.2", 1, width // 2)
+    shapes |= linear(f"{tower}.align_stages.0.fast_proj", width, width)
+    shapes |= linear(f"{tower}.align_stages.0.slow_proj", width, slow)
+    return shapes | mlp_projector(width) | llama()
 
 
 def mini_gemini(scale: str = "gamma") -> Shapes:

@@ -106,11 +106,12 @@ def eva02_det_sizes(config: PreTrainedConfig, shapes: Shapes) -> dict:
     """The EVA-02 detector ViT; windows and image size are not in its tensors."""
     patch = shapes["embeddings.patch_embeddings.weight"]
     rows = shapes["embeddings.position_embeddings"].shape[1] - 1
+    inner = shapes["encoder.layer.0.mlp.gate_proj.weight"].shape[0]
     return {
         "hidden_size": patch.shape[0],
         "num_hidden_layers": depth(shapes, "encoder.layer."),
         "num_attention_heads": heads_of(patch.shape[0], config),
-        "intermediate_size": shapes["encoder.layer.0.mlp.gate_proj.weight"].shape[0],
+        "intermediate_size": None if inner == int(patch.shape[0] * 8 / 3) else inner,
         "patch_size": patch.shape[2],
         "pretrain_image_size": side(rows, patch.shape[2]),
     }
