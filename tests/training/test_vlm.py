@@ -157,7 +157,9 @@ def test_the_encoders_see_every_tile_once(tmp_path, monkeypatch):
     model, seen = tiny_model(), []
     tower = type(model.model.vision_tower)
     read = tower.read
-    monkeypatch.setattr(tower, "read", lambda self, pixels, *rest: seen.append(len(pixels)) or read(self, pixels, *rest))
+    monkeypatch.setattr(
+        tower, "read", lambda self, pixels, *rest: seen.append(len(pixels)) or read(self, pixels, *rest)
+    )
     first = run(tmp_path / "1", model, data, evaluate=tiny_dataset(2, processor), stage="projector",
                 cache_features=tmp_path / "features", max_steps=4, save_steps=4)  # fmt: skip
     tiles = sum(sum(data.tiles(index)[0]) for index in range(4)) + sum(tiny_dataset(2, processor).tiles(0)[0]) * 2

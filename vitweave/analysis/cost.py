@@ -136,7 +136,10 @@ def tower_cost(config: MultiEncoderConfig, size: Grid, dtype: torch.dtype, tiles
         rows.append(row_of(name, tower.encoders[index], tokens, found))
     whole = measure(lambda: tower.fuse(pixels, None, None), weights)
     found = Measured(whole.flops - alone.flops, max(whole.kept - alone.kept, 0))
-    return [*rows, row_of(f"fusion ({config.fusion_type})", tower.fusion, tiles * config.plan_for(size).num_tokens, found)]
+    return [
+        *rows,
+        row_of(f"fusion ({config.fusion_type})", tower.fusion, tiles * config.plan_for(size).num_tokens, found),
+    ]
 
 
 def kind_of(config: PreTrainedConfig) -> str:

@@ -52,6 +52,6 @@ class VitweaveConfig(PreTrainedConfig):
         super().__setattr__(key, value)
         if key == "dtype":  # transformers hands it one level down; a composite may hold composites
             for name in self.sub_configs:
-                part = vars(self).get(name)
+                part = getattr(self, name, None)  # not all are stored under this name
                 if isinstance(part, PreTrainedConfig):
                     part.dtype = value

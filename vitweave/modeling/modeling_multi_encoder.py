@@ -326,15 +326,18 @@ class MultiEncoderBackbone(BackboneMixin, MultiEncoderTrunk):
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
         encoder_outputs: EncodedByAll | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs,
     ) -> BackboneOutput:
         """Encode images, as `MultiEncoderModel` does.
 
         Returns:
-            feature_maps: one (batch, channels, height, width).
+            feature_maps: one (batch, channels, height, width); hidden_states, if asked for: the same one.
         """
         tokens, grid = self.fuse(pixel_values, image_sizes, encoder_outputs)
-        return BackboneOutput(feature_maps=(tokens_to_map(tokens, grid).contiguous(),))
+        maps = (tokens_to_map(tokens, grid).contiguous(),)
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return BackboneOutput(feature_maps=maps, hidden_states=maps if asked else None)
 
 
 class MultiEncoderForImageClassification(MultiEncoderPreTrainedModel):

@@ -212,6 +212,7 @@ class MultiEncoderVlmForConditionalGeneration(MultiEncoderVlmPreTrainedModel, Im
 
     accepts_loss_kwargs = True  # the loss below divides by num_items_in_batch
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(
         self,
