@@ -36,16 +36,24 @@ def add_compare_encoders_command(subparsers: argparse._SubParsersAction) -> None
     parser.set_defaults(run=run_compare_encoders)
 
 
-def tower_fields(names: list[str], encoders: list, sizes: list[int] | None) -> tuple[dict, object]:
-    """How a tower hands one image to all encoders, and the processor that makes this image: the largest encoder's size
-    and the first one's normalisation, to which the others' own is told where it differs."""
+def sizes_of(encoders: list, given: list[int] | None) -> list[int]:
+    """The pixels each encoder sees: those asked for, or what its config says."""
+    sizes = given or [getattr(encoder.config, "image_size", None) for encoder in encoders]
+    if len(sizes) != len(encoders) or not all(isinstance(size, int) for size in sizes):
+        raise ValueError(
+            f"expected the side of a square image for each of {len(encoders)} encoders, got {sizes}: --sizes"
+        )
+    return sizes
+
+
+def tower_fields(names: list[str], sizes: list[int]) -> tuple[dict, object]:
+    """How a tower hands one image to all encoders, and the processor that makes this image.
+
+    The image has the size of the encoder that sees most pixels and the first one's normalisation.
+    """
     from transformers import AutoImageProcessor
 
-    processors = [AutoImageProcessor.from_pretrained(name) for name in names]
-    sizes = sizes or [encoder.config.image_size for encoder in encoders]
-    if len(sizes) != len(names):
-        raise ValueError(f"expected a size for each of {len(names)} encoders, got {sizes}")
-    side = max(sizes)
+    processors, side = [AutoImageProcessor.from_pretrained(name) for name in names], max(sizes)
     mean, std = list(processors[0].image_mean), list(processors[0].image_std)
     entries = []
     for processor, size in zip(processors, sizes, strict=True):
@@ -69,7 +77,8 @@ def run_compare_encoders(args: argparse.Namespace) -> None:
 
     logging.set_verbosity_error()
     encoders = [load_encoder(name) for name in args.encoders]
-    tower, processor = tower_fields(args.encoders, encoders, args.sizes)
+    sizes = sizes_of(encoders, args.sizes)
+    tower, processor = tower_fields(args.encoders, sizes)
     train, validation = open_parts(args.data, processor, names=(args.train_split, args.eval_split))
     options = EncoderComparisonOptions(
         fusion_options=json.loads(args.fusion_options),
@@ -80,9 +89,8 @@ def run_compare_encoders(args: argparse.Namespace) -> None:
     )
     fusions = args.fusions or list(ENCODER_FUSIONS)
     rows = compare_encoder_fusions(
-        encoders, train, validation, args.out, fusions, args.seeds, options, tower, tell=lambda line: print(line)
+        encoders, train, validation, args.out, fusions, args.seeds, options, tower, tell=print
     )
-    sizes = args.sizes or [encoder.config.image_size for encoder in encoders]
     shown = [f"{Path(name).name} at {size}" for name, size in zip(args.encoders, sizes, strict=True)]
     facts = {
         "encoders": f"{' + '.join(shown)} pixels, frozen",

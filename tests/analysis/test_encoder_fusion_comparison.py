@@ -71,6 +71,7 @@ def test_adapters_train_on_images_between_the_blocks(tmp_path):
     assert len(runs) == 4 + 2 + 2  # two steps and two batches of the validation images
 
 
+@pytest.mark.slow
 def test_finished_runs_are_kept_and_others_added(tmp_path, monkeypatch):
     trained, real = [], encoder_fusion_comparison.one_run
 
