@@ -4,17 +4,30 @@ import torch
 
 from vitweave.modeling.conversion.gemini_units import from_official_units
 from vitweave.modeling.modality_fusion.base import BlockInputs
+from vitweave.modeling.modality_fusion.cross_attention import CrossAttentionFusion
 from vitweave.modeling.modality_fusion.gemini import GeminiFusion
+from vitweave.modeling.modality_fusion.point_image_fusion import PointImageFusion, project_points
 
-EQ6_NAMES = {  # the formula's names -> ours; matrices multiply from the right there
+MATRIX_NAMES = {  # the formula's names -> ours
     "w_q": "to_query.weight",
     "w_k": "to_key.weight",
     "w_v": "to_value.weight",
+}
+EQ6_NAMES = {
     "noise_k": "key_noise",
     "noise_v": "value_noise",
     "phi.fc1.bias": "relation.own_proj.bias",
     "phi.fc2.weight": "relation.gate_proj.weight",
     "phi.fc2.bias": "relation.gate_proj.bias",
+}
+POINT_NAMES = {
+    "lateral_convs.": "laterals.",
+    ".conv.": ".",
+    "img_transform.0.": "image_proj.",
+    "img_transform.1.": "image_norm.",
+    "pts_transform.0.": "point_proj.",
+    "pts_transform.1.": "point_norm.",
+    "alpha": "stream_logits",
 }
 
 
@@ -66,21 +79,84 @@ def replay_core(case):
     check_gradients(case, fusion)
 
 
+def shared_matrices(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The formulas multiply by their matrices from the right."""
+    return {ours: state[name].T[None] for name, ours in MATRIX_NAMES.items()}
+
+
 def replay_eq6(case):
     config = case.config
     fusion = GeminiFusion(2, config["C"], num_heads=config["heads"], form="paper").to(case.dtype)
     state = case.group("state")
-    first = state.pop("phi.fc1.weight").chunk(2, dim=1)
-    state = {EQ6_NAMES[name]: tensor for name, tensor in state.items()}
-    for name in ("to_query.weight", "to_key.weight", "to_value.weight"):
-        state[name] = state[name].T[None]
+    ours = {name: state[official] for official, name in EQ6_NAMES.items()} | shared_matrices(state)
     for name in ("key_noise", "value_noise"):
-        state[name] = state[name][None]
-    state |= {"relation.own_proj.weight": first[0], "relation.other_proj.weight": first[1]}
-    fusion.load_state_dict(state)
+        ours[name] = ours[name][None]
+    own, other = state["phi.fc1.weight"].chunk(2, dim=1)
+    fusion.load_state_dict(ours | {"relation.own_proj.weight": own, "relation.other_proj.weight": other})
     streams = pair(case, "input", "x")
     check_pair(case, "inter.relation", fusion.relation(streams)[:, 0])
     check_pair(case, "output.y", fusion(streams, inputs_of(streams))[0])
 
 
-KINDS = {"gemini_fusion_core": replay_core, "gemini_eq6_literal": replay_eq6}
+def replay_cross_literal(case):
+    streams = pair(case, "input", "x")
+    for per_token, name in ((False, "output.y"), (True, "output.pixelwise_y")):
+        fusion = CrossAttentionFusion(2, case.config["C"], form="paper", per_token=per_token).to(case.dtype)
+        fusion.load_state_dict(shared_matrices(case.group("state")))
+        check_pair(case, name, fusion(streams, inputs_of(streams))[0])
+
+
+def replay_cross_multihead(case):
+    fusion = CrossAttentionFusion(2, case.config["C"], num_heads=case.config["heads"]).to(case.dtype)
+    fusion.load_state_dict(from_official_units(case.group("state")))
+    streams = pair(case, "input", "x")
+    check_pair(case, "output.y", fusion(streams, inputs_of(streams))[0])
+    query, keys = fusion.by_head(fusion.to_query(streams)), fusion.by_head(fusion.to_key(streams.flip(0)))
+    scores = torch.einsum("mbqhd,mbkhd->mbhqk", query, keys) * query.shape[-1] ** -0.5
+    check_pair(case, "inter.attn_head_mean", scores.softmax(dim=-1).mean(dim=2))
+
+
+def replay_points(case):
+    allow_float32(case)
+    config = case.config
+    levels = len(config["level_sizes"])
+    fusion = PointImageFusion([config["img_channels"]] * levels, config["pts_channels"], config["out_channels"])
+    state = {}
+    for name, tensor in from_official_units(case.group("state")).items():
+        for official, ours in POINT_NAMES.items():
+            name = name.replace(official, ours)
+        parts = name.split(".")[0] in dict(fusion.named_children()) or name == "stream_logits"
+        state[name if parts else f"fusion.{name}"] = tensor
+    fusion.load_state_dict(state)
+    fusion.to(case.dtype).eval()
+    uv, image_index = projected_points(case)
+    pyramid = [case.tensors[f"input.img_feats.level{index}"] for index in range(levels)]
+    given = (pyramid, uv, image_index, config["img_pad_shape"])
+    sampled = fusion.read_pyramid(*given)
+    case.check("inter.sampled_img_feats", sampled)
+    points = case.tensors["input.point_feats"]
+    case.check("inter.img_pre_fuse", fusion.image_norm(fusion.image_proj(sampled)))
+    case.check("inter.pts_pre_fuse", fusion.point_norm(fusion.point_proj(points)))
+    case.check("output.fused", fusion(points, *given))
+
+
+def projected_points(case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns and rows of all points of the batch, and the image that each belongs to."""
+    config, found = case.config, []
+    for index in range(config["B"]):
+        uv = project_points(case.tensors[f"input.points.sample{index}"][:, :3], case.tensors["input.lidar2img"])
+        uv = uv * uv.new_tensor(config["img_scale_factor"])
+        if config["flip"][index]:
+            uv[:, 0] = config["img_shape"][1] - uv[:, 0]
+        found.append(uv)
+    counts = torch.tensor([uv.shape[0] for uv in found])
+    return torch.cat(found), torch.arange(config["B"]).repeat_interleave(counts)
+
+
+KINDS = {
+    "gemini_fusion_core": replay_core,
+    "gemini_eq6_literal": replay_eq6,
+    "cross_attention_literal": replay_cross_literal,
+    "cross_attention_multihead": replay_cross_multihead,
+    "gemini_point_fusion": replay_points,
+}

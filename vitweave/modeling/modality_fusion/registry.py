@@ -2,6 +2,7 @@
 
 from vitweave.modeling.modality_fusion.base import ModalityFusion
 from vitweave.modeling.modality_fusion.channel_exchange import ChannelExchangeFusion
+from vitweave.modeling.modality_fusion.cross_attention import CrossAttentionFusion
 from vitweave.modeling.modality_fusion.gemini import GeminiFusion
 from vitweave.modeling.modality_fusion.rectify_fuse import RectifyFuseFusion
 from vitweave.modeling.modality_fusion.token_exchange import TokenExchangeFusion
@@ -9,6 +10,7 @@ from vitweave.modeling.options import check_options, pick
 
 MODALITY_FUSIONS: dict[str, type[ModalityFusion]] = {
     "channel_exchange": ChannelExchangeFusion,
+    "cross_attention": CrossAttentionFusion,
     "gemini": GeminiFusion,
     "rectify_fuse": RectifyFuseFusion,
     "token_exchange": TokenExchangeFusion,
