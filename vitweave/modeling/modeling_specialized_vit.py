@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin
 from transformers.masking_utils import create_bidirectional_mask
@@ -27,8 +26,9 @@ from vitweave.modeling.specialized_layers import (
     SpecializedViTLayer,
     add_bias,
 )
-from vitweave.modeling.tokens import LayerScale, LowRankDown, LowRankUp, by_role, tokens_to_map
+from vitweave.modeling.tokens import by_role, tokens_to_map
 from vitweave.modeling.vit_embeddings import RelativePositionBias, SpecializedViTEmbeddings, rotary_tables
+from vitweave.modeling.vit_start_values import set_vit_start_values
 
 
 @dataclass
@@ -76,35 +76,7 @@ class SpecializedViTPreTrainedModel(VitweavePreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            self._init_linear(module)
-        elif isinstance(module, SpecializedViTEmbeddings):
-            init.trunc_normal_(module.cls_token, mean=0.0, std=std)
-            for tokens in (module.register_tokens, module.position_embeddings):
-                if tokens is not None:
-                    init.trunc_normal_(tokens, mean=0.0, std=std)
-            if module.mask_token is not None:
-                init.zeros_(module.mask_token)
-        elif isinstance(module, LayerScale):
-            init.constant_(module.lambda1, module.value)
-        elif isinstance(module, RelativePositionBias):
-            init.zeros_(module.relative_position_bias_table)
-        elif isinstance(module, SpecializedViTAttention) and self.config.attention_bias:
-            init.normal_(module.bias_k, mean=0.0, std=self.config.attention_bias_init)
-            init.normal_(module.bias_v, mean=0.0, std=self.config.attention_bias_init)
-
-    def _init_linear(self, layer: nn.Linear | nn.Conv2d):
-        if isinstance(layer, LowRankDown):
-            init.kaiming_uniform_(layer.weight, a=5**0.5)
-        elif isinstance(layer, LowRankUp):
-            init.zeros_(layer.weight)
-        elif self.config.cls_init == "equal" and hasattr(layer, "patch_layer"):
-            init.copy_(layer.weight, layer.patch_layer[0].weight)  # initialised before its twin
-        else:
-            init.trunc_normal_(layer.weight, mean=0.0, std=self.config.initializer_range)
-        if layer.bias is not None:
-            init.zeros_(layer.bias)
+        set_vit_start_values(module, self.config)
 
 
 class SpecializedViTEncoder(SpecializedViTPreTrainedModel):

@@ -47,6 +47,7 @@ class SpecializedViTAttention(nn.Module):
     def __init__(self, config: SpecializedViTConfig, index: int):
         super().__init__()
         self.config = config
+        self.run_config = config  # whose attention implementation counts
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
@@ -75,8 +76,13 @@ class SpecializedViTAttention(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
+        between: Callable[[Tensor], Tensor] | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            between: changes what the heads return (batch, tokens, hidden) before the output projection.
+        """
         query, key, value = (self.project(name, hidden_states) for name in ("q_proj", "k_proj", "v_proj"))
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
@@ -86,12 +92,13 @@ class SpecializedViTAttention(nn.Module):
             value = torch.cat((value, self.bias_v.to(value.dtype)[None, :, None].expand(extra)), dim=2)
             if attention_mask is not None:  # the extra key is visible to all: True in a mask, 0 in a bias
                 attention_mask = F.pad(attention_mask, (0, 1), value=attention_mask.dtype == torch.bool)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.run_config._attn_implementation, eager_attention)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         context, weights = attend(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )
-        return by_role(self, "o_proj", self.num_cls_rows, context.flatten(2)), weights
+        mixed = context.flatten(2) if between is None else between(context.flatten(2))
+        return by_role(self, "o_proj", self.num_cls_rows, mixed), weights
 
 
 class SpecializedViTMLP(nn.Module):
