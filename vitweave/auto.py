@@ -53,6 +53,7 @@ from vitweave.processing.image_processing_figure import FigureImageProcessor
 from vitweave.processing.image_processing_multi_encoder import MultiEncoderImageProcessor
 from vitweave.processing.image_processing_pil_depth import DepthImageProcessorPil
 from vitweave.processing.image_processing_pil_figure import FigureImageProcessorPil
+from vitweave.processing.image_processing_pil_modality import ModalityImageProcessorPil
 from vitweave.processing.image_processing_pil_multi_encoder import MultiEncoderImageProcessorPil
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
 from vitweave.processing.image_processing_segmentation import SegmentationImageProcessor
@@ -98,7 +99,7 @@ FAMILIES = (
             AutoBackbone: ModalityFusionBackbone,
             AutoModelForSemanticSegmentation: ModalityFusionForSemanticSegmentation,
         },
-        None,
+        ({"pil": ModalityImageProcessorPil},),
     ),
     (
         MultiEncoderVlmConfig,
