@@ -156,7 +156,7 @@ SAM_NECK = "model.vision_tower.vision_towers.2.vision_tower.neck.conv1.weight"
         ),
         slow("leo", "vision_model_2.neck.conv2.weight", "encoder_1.model.vision_encoder.neck.conv2.weight"),
         slow("leo", "language_model.output.weight", "lm_head.weight"),
-        slow("cambrian", "model.image_newline", "model.image_newline"),
+        slow("cambrian", "model.image_newline", "model.image_newline.weight"),
         ("cambrian", "model.vision_sampler_0.layers.0.cross_attn.k_proj_3.1.weight", "readers.3.k_proj.weight"),
     ],
 )

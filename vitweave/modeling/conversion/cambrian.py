@@ -41,7 +41,7 @@ def parts(config: MultiEncoderConfig) -> list[Part]:
         Part("model.mm_projector_aux_", f"{TOWER}fusion.projections.", PROJECTION),
         Part("model.vision_sampler_", f"{TOWER}fusion.samplers.", SAMPLER),
         Part("model.vision_sampler_layers.", None, reason=INSIDE_LANGUAGE_MODEL),
-        Part("model.image_newline", "model.image_newline"),
+        Part("model.image_newline", "model.image_newline.weight"),
         projector_part("model.mm_projector."),
     ]
 
