@@ -43,12 +43,13 @@ def mixed_records() -> list[dict]:
     turns = [{"role": "user", "content": "<image>what is this ?"}, {"role": "assistant", "content": "a cat ."}]
     turns += [{"role": "user", "content": "what of the dog ?"}, {"role": "assistant", "content": "one red dog ."}]
     parts = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
+    asked = {"role": "user", "content": parts}
     return [
         *captioned(1),
-        {"id": "two", "images": [coloured(1), coloured(2, (20, 60))], "messages": [{"role": "user", "content": parts}, said]},
+        {"id": "two", "images": [coloured(1), coloured(2, (20, 60))], "messages": [asked, said]},
         {"id": "text", "messages": [{"role": "user", "content": "what is red ?"}, said]},
         {"id": "turns", "image": coloured(4, (64, 20)), "messages": turns},
-    ]  # fmt: skip
+    ]
 
 
 def tiny_dataset(length: int, processor, start: int = 0, **options) -> VlmDataset:

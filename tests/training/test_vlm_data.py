@@ -121,7 +121,7 @@ def test_a_picture_on_its_side_is_counted_as_it_is_shown(tmp_path):
 def test_a_missing_image_stops_or_is_left_out(tmp_path):
     written(tmp_path, captioned(3))
     (tmp_path / "1-0.png").unlink()
-    with pytest.raises(FileNotFoundError, match="1 of 3 records are missing: r1 .*1-0.png.*on_missing='skip'"):
+    with pytest.raises(FileNotFoundError, match=r"1 of 3 records are missing: r1 .*1-0.png.*on_missing='skip'"):
         VlmRecords.open(tmp_path)
     records = VlmRecords.open(tmp_path, on_missing="skip")
     assert len(records) == 2 and records.skipped == ["r1"] and records.name(1) == "r2"
@@ -149,7 +149,7 @@ def test_long_answers_are_cut_and_images_never():
     whole = len(VlmDataset(records, processor)[0]["input_ids"])
     item = VlmDataset(records, processor, max_length=whole - 10)[0]
     assert len(item["input_ids"]) == len(item["labels"]) == whole - 10 and item["labels"][-1] != -100
-    with pytest.raises(ValueError, match="long: .* are more than the 10 that fit"):
+    with pytest.raises(ValueError, match=r"long: .* are more than the 10 that fit"):
         VlmDataset(records, processor, max_length=10)[0]
 
 
@@ -168,7 +168,7 @@ def test_records_without_a_part(record, message):
 def test_images_and_placeholders_differ():
     turns = [{"role": "user", "content": "<image><image>what"}, {"role": "assistant", "content": "a"}]
     dataset = VlmDataset([{"id": "x", "image": coloured(0), "messages": turns}], tiny_vlm_processor())
-    with pytest.raises(ValueError, match="^x: .*an image is missing"):
+    with pytest.raises(ValueError, match=r"^x: .*an image is missing"):
         dataset[0]
 
 

@@ -8,15 +8,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, PreTrainedConfig
 
+from vitweave.analysis.meta_attention import FusedAttention
 from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfig
 from vitweave.configuration.configuration_multi_encoder_vlm import MultiEncoderVlmConfig
 from vitweave.configuration.encoder_fusion_plans import Grid, cells
+from vitweave.configuration.encoder_options import EncoderOptions
 from vitweave.configuration.image_tokens import count_image_tokens
 from vitweave.configuration.reductions import as_pair
-from vitweave.modeling.encoder_fusion.registry import build_encoder_fusion
-from vitweave.modeling.modeling_multi_encoder import MultiEncoderPreTrainedModel, MultiEncoderTrunk
+from vitweave.modeling.encoder_fusion.base import EncoderMaps
+from vitweave.modeling.modeling_multi_encoder import MultiEncoderTrunk
 from vitweave.modeling.projectors import build_projector
-from vitweave.modeling.vision_encoder import VisionEncoder
 
 
 @dataclass(frozen=True)
@@ -65,33 +66,41 @@ def measure(function: Callable[[], object], weights: Sequence[Tensor] = ()) -> M
         return tensor
 
     counter = FlopCounterMode(display=False)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), counter:
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), counter, FusedAttention():
         function()
     sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
     return Measured(counter.get_total_flops(), sum(sizes))
 
 
-class CountedTower(MultiEncoderTrunk):
-    """A tower on the meta device; an encoder whose package is missing is left out, and its map is as the config says.
+class Absent(nn.Module):
+    """Stands for an encoder that cannot be built here."""
 
-    Attributes:
-        missing: of encoders that cannot be built here, why.
-    """
+    def __init__(self, reason: str):
+        super().__init__()
+        self.reason = reason
+
+
+class CountedTower(MultiEncoderTrunk):
+    """A tower on the meta device; an encoder whose package is missing is left out, its map is what the config says."""
 
     def __init__(self, config: MultiEncoderConfig):
-        MultiEncoderPreTrainedModel.__init__(self, config)
-        self.missing: dict[int, str] = {}
-        for index, (member, options) in enumerate(zip(config.encoder_configs, config.options, strict=True)):
-            before = "drop_before" if options.class_token == "drop_before" else "keep"
-            try:
-                part = VisionEncoder(member, layers=options.layers, final_norm=options.final_norm, class_token=before)
-            except ImportError as error:
-                part, self.missing[index] = nn.Identity(), first_line(error)
+        super().__init__(config)
+        for part, options in zip(self.encoders, self.options, strict=True):
             part.requires_grad_(not options.frozen)
-            self.add_module(f"encoder_{index}", part)
-        self.fusion = build_encoder_fusion(
-            config.fusion_type, config.in_channels, config.grids, config.hidden_size, config.fusion_options
-        )
+
+    @property
+    def missing(self) -> dict[int, str]:
+        """Of encoders that cannot be built here, why."""
+        return {index: part.reason for index, part in enumerate(self.encoders) if isinstance(part, Absent)}
+
+    def build_encoder(self, member: PreTrainedConfig, options: EncoderOptions) -> nn.Module:
+        try:
+            return super().build_encoder(member, options)
+        except ImportError as error:
+            return Absent(first_sentence(error))
+
+    def check_encoders(self):
+        """What is missing cannot be checked; the config has been."""
 
     def run_encoder(self, index: int, pixel_values: Tensor, after: dict | None) -> tuple[Tensor, Tensor]:
         if index not in self.missing:
@@ -101,15 +110,16 @@ class CountedTower(MultiEncoderTrunk):
         return made, made.new_empty(pixel_values.shape[0], 0, channels)
 
 
-def first_line(error: Exception) -> str:
-    """The first line of a message that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def first_sentence(error: Exception) -> str:
+    """The first sentence of a message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ")[0]
 
 
 def row_of(part: str, module: nn.Module, tokens: int, found: Measured, note: str = "") -> CostRow:
     """The row of a part that could be built."""
-    own = {id(weight): weight for weight in module.parameters()}.values()
-    trained = any(weight.requires_grad for weight in own)
+    own = list({id(weight): weight for weight in module.parameters()}.values())
+    trained = not own or any(weight.requires_grad for weight in own)
     bytes_of_weights = sum(weight.numel() * weight.element_size() for weight in own)
     count = sum(weight.numel() for weight in own)
     return CostRow(part, count, bytes_of_weights, found.flops, tokens, found.kept, trained, note)
@@ -124,22 +134,27 @@ def tower_cost(config: MultiEncoderConfig, size: Grid, dtype: torch.dtype, tiles
     with torch.device("meta"):
         tower = CountedTower(config).to(dtype).eval()
         pixels = torch.empty(tiles, config.num_channels, *size, dtype=dtype)
-    weights, outputs, rows, alone = list(tower.parameters()), config.outputs_for(size), [], Measured(0, 0)
+    weights, outputs, rows, alone, seen = list(tower.parameters()), config.outputs_for(size), [], Measured(0, 0), []
     for index, member in enumerate(config.encoder_configs):
         name, tokens = f"encoder {index} ({kind_of(member)})", tiles * cells(outputs[index][1])
+        found = measure(lambda index=index: seen.append(tower.run_encoder(index, pixels, None)), weights)
         if index in tower.missing:
             trained = not config.options[index].frozen
             rows.append(CostRow(name, None, None, None, tokens, None, trained, tower.missing[index]))
             continue
-        found = measure(lambda index=index: tower.run_encoder(index, pixels, None), weights)
         alone = Measured(alone.flops + found.flops, alone.kept + found.kept)
         rows.append(row_of(name, tower.encoders[index], tokens, found))
-    whole = measure(lambda: tower.fuse(pixels, None, None), weights)
-    found = Measured(whole.flops - alone.flops, max(whole.kept - alone.kept, 0))
-    return [
-        *rows,
-        row_of(f"fusion ({config.fusion_type})", tower.fusion, tiles * config.plan_for(size).num_tokens, found),
-    ]
+    if tower.fusion.injects:  # it works in the midst of an encoder, which has to run with it
+        whole = measure(lambda: tower.fuse(pixels, None, None), weights)
+        found = Measured(whole.flops - alone.flops, max(whole.kept - alone.kept, 0))
+    else:
+        maps, prefixes = (
+            [part.detach().requires_grad_(part.requires_grad) for part in one] for one in zip(*seen, strict=True)
+        )
+        keeps = any(options.class_token == "keep" for options in config.options)
+        found = measure(lambda: tower.fusion(EncoderMaps(maps, prefixes if keeps else [])), weights)
+    name = f"fusion ({config.fusion_type})"
+    return [*rows, row_of(name, tower.fusion, tiles * config.plan_for(size).num_tokens, found)]
 
 
 def kind_of(config: PreTrainedConfig) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
@@ -104,14 +104,17 @@ class MultiEncoderTrunk(MultiEncoderPreTrainedModel):
         super().__init__(config)
         self.options = config.options  # read once: making them anew in every forward could not be compiled
         for index, (member, options) in enumerate(zip(encoders or config.encoder_configs, self.options, strict=True)):
-            before = "drop_before" if options.class_token == "drop_before" else "keep"
-            encoder = VisionEncoder(member, layers=options.layers, final_norm=options.final_norm, class_token=before)
-            self.add_module(f"encoder_{index}", encoder)
+            self.add_module(f"encoder_{index}", self.build_encoder(member, options))
         self.fusion = build_encoder_fusion(
             config.fusion_type, config.in_channels, config.grids, config.hidden_size, config.fusion_options
         )
         self.hand_down_attention()
         self.check_encoders()
+
+    def build_encoder(self, member: PreTrainedModel | PreTrainedConfig, options: EncoderOptions) -> VisionEncoder:
+        """One encoder, from its config or around a loaded model."""
+        before = "drop_before" if options.class_token == "drop_before" else "keep"
+        return VisionEncoder(member, layers=options.layers, final_norm=options.final_norm, class_token=before)
 
     @property
     def encoders(self) -> list[VisionEncoder]:

@@ -117,6 +117,11 @@ def train_vlm(
     best_metric = None if eval_dataset is None else "loss"
     args = run_arguments(output_dir, best_metric, greater_is_better=False, **{**defaults, **arguments})
     checkpoint = resume_point(args, resume)
+    strange = [
+        type(one).__name__ for one in (train_dataset, eval_dataset) if not isinstance(one, (VlmDataset, type(None)))
+    ]
+    if strange:
+        raise ValueError(f"expected VlmDatasets, got {strange}; VlmDataset.from_source makes one")
     processor = train_dataset.processor if processor is None else processor
     if sample_captions and eval_dataset is not None:
         callbacks = [*callbacks, CaptionSamples(eval_dataset, sample_captions)]

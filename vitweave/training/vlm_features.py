@@ -119,10 +119,6 @@ def with_vlm_features(
     """
     if folder is None:
         return train_dataset, eval_dataset
-    given = [dataset for dataset in (train_dataset, eval_dataset) if dataset is not None]
-    strange = [type(dataset).__name__ for dataset in given if not isinstance(dataset, VlmDataset)]
-    if strange:
-        raise ValueError(f"expected VlmDatasets, whose tiles can be told apart, for cache_features, got {strange}")
     check_frozen(model)
     model.to(args.device)
     datasets = (train_dataset, eval_dataset)

@@ -180,7 +180,8 @@ class PatchInfoMiningFusion(EncoderFusion):
         shift = folded @ self.k_norm.bias + (query @ self.k_proj.bias)[:, None]
         eps = (self.k_norm.eps, self.v_norm.eps)
         given = [part.to(split.dtype) for part in (folded * self.k_norm.weight, shift[:, None])]
-        with torch.autocast(split.device.type, enabled=False):  # the way back runs without it, too
+        device = "cpu" if split.device.type == "meta" else split.device.type  # meta tensors have no autocast
+        with torch.autocast(device, enabled=False):  # the way back runs without it, too
             average = WindowAttention.apply(split, *given, eps)[:, 0]
         return self.v_proj(average * self.v_norm.weight + self.v_norm.bias)
 
