@@ -44,7 +44,7 @@ def test_every_encoder_keeps_its_size_and_normalisation(encoders):
 def test_sizes_are_those_of_the_configs_unless_they_are_given():
     models = [build("vit"), build("convnext")]
     assert sizes_of(models, None) == [32, 224] and sizes_of(models, [32, 64]) == [32, 64]
-    with pytest.raises(ValueError, match="each of 2 encoders, got .32.: --sizes"):
+    with pytest.raises(ValueError, match=r"each of 2 encoders, got .32.: --sizes"):
         sizes_of(models, [32])
     models[1].config.image_size = [32, 64]
     with pytest.raises(ValueError, match="a square image"):

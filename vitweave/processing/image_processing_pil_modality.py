@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers.image_processing_base import BatchFeature, ImageProcessingMixin
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from vitweave.processing.depth_maps import resize_depth_bilinear
 from vitweave.processing.label_maps import read_label_map, resize_nearest
@@ -16,14 +16,15 @@ RESAMPLES = ("nearest", "bilinear")
 RGB_DEPTH = {"rgb": {"encoding": "rgb"}, "depth": {"encoding": "metres", "value_range": [0.0, 10.0], "invalid": 0}}
 
 
-class ModalityImageProcessorPil(ImageProcessingMixin):
+class ModalityImageProcessorPil(BaseImageProcessor):
     """Named modalities to `pixel_values` (batch, modalities, 3, height, width) and `modality_mask`.
 
     Every image of a sample and its label map goes through the same geometry; sensors with one number per pixel are
     repeated on three channels. Which sensor is which, in what unit and range, is kept in preprocessor_config.json.
 
     Args:
-        modalities: name -> options of `Sensor`, in the order of the model's `modalities`.
+        modalities: name -> options of `Sensor`, in the order of the model's `modalities`; or a list of the options with
+            a "name" each, as they are saved (the names of a JSON object have no order).
         size: {"height", "width"} that everything is resized to; None keeps the sizes.
         size_divisor: pad at the right and the bottom to a multiple of it, as nothing measured.
         measure_resample: "nearest", or "bilinear" among the measured ones of the four neighbours.
@@ -34,7 +35,7 @@ class ModalityImageProcessorPil(ImageProcessingMixin):
 
     def __init__(
         self,
-        modalities: Mapping[str, dict] | None = None,
+        modalities: Mapping[str, dict] | Sequence[dict] | None = None,
         size: dict[str, int] | None = None,
         size_divisor: int | None = None,
         measure_resample: str = "nearest",
@@ -46,6 +47,8 @@ class ModalityImageProcessorPil(ImageProcessingMixin):
             raise ValueError(f"expected measure_resample to be one of {list(RESAMPLES)}, got {measure_resample!r}")
         if size is not None and set(size) != {"height", "width"}:
             raise ValueError(f'expected size={{"height": ..., "width": ...}}, got {size}')
+        if modalities is not None and not isinstance(modalities, Mapping):
+            modalities = {one["name"]: {key: one[key] for key in one if key != "name"} for one in modalities}
         self.modalities = {
             name: read_sensor(options, name).to_dict() for name, options in (modalities or RGB_DEPTH).items()
         }
@@ -56,6 +59,7 @@ class ModalityImageProcessorPil(ImageProcessingMixin):
     def to_dict(self) -> dict[str, Any]:
         saved = super().to_dict()
         saved.pop("_warned", None)
+        saved["modalities"] = [{"name": name, **options} for name, options in self.modalities.items()]
         return saved
 
     def __call__(self, images, segmentation_maps=None, return_tensors: str | None = "pt", **modalities) -> BatchFeature:
