@@ -3,8 +3,9 @@
 import pytest
 from huggingface_hub import ModelCard
 
+from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
-from vitweave.hub.card import CardInfo, CardMetric, architecture_facts, model_card
+from vitweave.hub.card import CardInfo, CardMetric, architecture_facts, config_facts, model_card
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
 
 COMMAND = "python examples/train.py --eval | tee log"
@@ -116,3 +117,12 @@ def test_a_bad_card_file_is_refused(tmp_path, text, reason):
     (tmp_path / "card.json").write_text(text)
     with pytest.raises(ValueError, match=reason):
         CardInfo.load(tmp_path / "card.json")
+
+
+def test_a_tower_names_its_encoders():
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 8, "image_size": 32}
+    encoders = [SpecializedViTConfig(**small), {"model_type": "mobilenet_v2", "image_size": 64}]
+    config = MultiEncoderConfig(encoder_configs=encoders, image_size=32, fusion_type="add")
+    facts = dict(config_facts(config))
+    assert facts["fusion type"] == "add" and facts["encoder 0: hidden size"] == "32"
+    assert facts["encoder 1: type"] == "`mobilenet_v2`" and facts["encoder 1: image size"] == "64"

@@ -229,6 +229,8 @@ def config_facts(config: PreTrainedConfig, prefix: str = "") -> list[tuple[str, 
         nested = getattr(config, name, None)
         if isinstance(nested, PreTrainedConfig):
             rows += config_facts(nested, prefix + name.removesuffix("_config") + ": ")
+    for index, member in enumerate(getattr(config, "encoder_configs", None) or ()):
+        rows += config_facts(member, f"{prefix}encoder {index}: ")
     return rows
 
 
