@@ -135,11 +135,12 @@ class PairedDataset(Dataset):
 
 
 def collate_pairs(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack samples into `pixel_values` (batch, channels, height, width) and `labels` (batch, height, width)."""
+    """Stack samples into `pixel_values` (batch, channels, height, width) and `labels` (batch, height, width), and
+    whatever else they hold."""
     sizes = {tuple(sample["pixel_values"].shape[-2:]) for sample in samples}
     if len(sizes) > 1:
         raise ValueError(
             f"expected images of one size in a batch, got {sorted(sizes)} (height, width); set the processor's size "
             "and do_resize=True, give the augmentation a crop_size, or use batch size 1"
         )
-    return {name: torch.stack([sample[name] for sample in samples]) for name in ("pixel_values", "labels")}
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
