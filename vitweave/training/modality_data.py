@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from vitweave.training.modes import evaluating
+from vitweave.training.paired_data import open_picture
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".npy", ".png", ".tif", ".tiff", ".webp")
 
@@ -55,7 +56,7 @@ class ModalityFolder(Sequence):
     def __getitem__(self, index: int) -> dict:
         name = self.names[index]
         images = {modality: files.get(name) for modality, files in self.files.items()}
-        return {"name": name, "images": images, **({"label": self.labels[name]} if self.labels else {})}
+        return {"name": name, "images": images, **({"label": open_picture(self.labels[name])} if self.labels else {})}
 
 
 def files_by_stem(folder: Path) -> dict[str, Path]:
