@@ -319,6 +319,7 @@ def multi_encoder(name: str, backbone: bool = False, **options) -> ModelSuiteSpe
         is_composite=True,
         tester_attrs={"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "image_size": 30}
         | {"seq_length": 25, "num_masks": 13, "mask_length": 25},
+        has_attentions=not backbone,
         config_kwargs={"fusion_type": "add"},
         config_common_properties=["fusion_type"],
         skips=skips,

@@ -16,6 +16,7 @@ from vitweave.configuration.configuration_dense_predictor import DensePredictorC
 from vitweave.configuration.configuration_eva02_det import Eva02DetConfig
 from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
+from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
@@ -26,6 +27,12 @@ from vitweave.modeling.modeling_layer_fusion import (
     LayerFusionForImageClassification,
     LayerFusionModel,
 )
+from vitweave.modeling.modeling_multi_encoder import (
+    MultiEncoderBackbone,
+    MultiEncoderForImageClassification,
+    MultiEncoderModel,
+)
+from vitweave.modeling.modeling_multi_encoder_vlm import MultiEncoderVlmForConditionalGeneration, MultiEncoderVlmModel
 from vitweave.modeling.modeling_specialized_vit import (
     SpecializedViTBackbone,
     SpecializedViTForImageClassification,
@@ -69,7 +76,12 @@ class Subject:
 
     def labels(self, pixels: torch.Tensor) -> dict:
         generator = torch.Generator().manual_seed(5)
-        if self.model_class in (SpecializedViTForImageClassification, LayerFusionForImageClassification):
+        classifiers = (
+            SpecializedViTForImageClassification,
+            LayerFusionForImageClassification,
+            MultiEncoderForImageClassification,
+        )
+        if self.model_class in classifiers:
             return {"labels": torch.randint(0, 3, pixels.shape[:1], generator=generator)}
         if self.model_class is DensePredictorForSemanticSegmentation:
             return {"labels": torch.randint(0, 3, (pixels.shape[0], *pixels.shape[2:]), generator=generator)}
@@ -108,6 +120,11 @@ def fused(fusion_type: str, encoder: Callable = vit, **fields) -> Callable:
         return LayerFusionConfig(encoder_config=encoder(), **facts)
 
     return config
+
+
+def tower(**changes) -> MultiEncoderConfig:
+    facts = {"num_labels": 3, "encoder_options": [{}, {"image_size": 48}]} | changes
+    return MultiEncoderConfig(encoder_configs=[vit(), dinov2()], image_size=32, **facts)
 
 
 def retriever(vision: Callable, **fields) -> Callable:
@@ -168,6 +185,9 @@ SUBJECTS = {
     "fused-classifier": Subject(
         LayerFusionForImageClassification, fused("cross_layer_attention"), "image-classification"
     ),
+    "tower": Subject(MultiEncoderModel, tower, "image-feature-extraction", unread=DEEPEST_CLS),
+    "tower-backbone": Subject(MultiEncoderBackbone, tower, unread=DEEPEST_CLS),
+    "tower-classifier": Subject(MultiEncoderForImageClassification, tower, "image-classification", unread=DEEPEST_CLS),
     "retriever": Subject(ImageTextRetrieverModel, retriever(vit), unread=DEEPEST_PATCHES),
     "retriever-local": Subject(
         ImageTextRetrieverModel,
@@ -230,7 +250,8 @@ def assert_same(actual: list, expected: list, tolerance: float = 1e-6):
 
 def test_the_table_names_every_class():
     registered = {model for _, models, _ in FAMILIES for model in models.values()}
-    assert registered == {subject.model_class for subject in SUBJECTS.values()}
+    elsewhere = {MultiEncoderVlmForConditionalGeneration, MultiEncoderVlmModel}  # test_multi_encoder_vlm.py
+    assert registered == {subject.model_class for subject in SUBJECTS.values()} | elsewhere
 
 
 @every_subject
