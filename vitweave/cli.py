@@ -12,6 +12,7 @@ from vitweave.analysis.command import add_inspect_command
 from vitweave.cli_compare import add_compare_command
 from vitweave.cli_compare_encoders import add_compare_encoders_command
 from vitweave.cli_convert import add_convert_command
+from vitweave.cli_cost import add_cost_command
 from vitweave.cli_search import add_index_command, add_search_command
 from vitweave.cli_specialize import add_specialize_command
 from vitweave.hub.command import add_export_command
@@ -24,6 +25,7 @@ COMMANDS = (
     add_index_command,
     add_search_command,
     add_compare_command,
+    add_cost_command,
     add_compare_encoders_command,
 )
 

@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModel, DynamicCache, PreTrainedConfig
 
 from vitweave.analysis.meta_attention import FusedAttention
 from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfig
 from vitweave.configuration.configuration_multi_encoder_vlm import MultiEncoderVlmConfig
 from vitweave.configuration.encoder_fusion_plans import Grid, cells
 from vitweave.configuration.encoder_options import EncoderOptions
-from vitweave.configuration.image_tokens import count_image_tokens
+from vitweave.configuration.image_tokens import tokens_per_image
 from vitweave.configuration.reductions import as_pair
 from vitweave.modeling.encoder_fusion.base import EncoderMaps
 from vitweave.modeling.modeling_multi_encoder import MultiEncoderTrunk
@@ -83,10 +83,10 @@ class Absent(nn.Module):
 class CountedTower(MultiEncoderTrunk):
     """A tower on the meta device; an encoder whose package is missing is left out, its map is what the config says."""
 
-    def __init__(self, config: MultiEncoderConfig):
+    def __init__(self, config: MultiEncoderConfig, all_frozen: bool = False):
         super().__init__(config)
         for part, options in zip(self.encoders, self.options, strict=True):
-            part.requires_grad_(not options.frozen)
+            part.requires_grad_(not (options.frozen or all_frozen))
 
     @property
     def missing(self) -> dict[int, str]:
@@ -125,21 +125,23 @@ def row_of(part: str, module: nn.Module, tokens: int, found: Measured, note: str
     return CostRow(part, count, bytes_of_weights, found.flops, tokens, found.kept, trained, note)
 
 
-def tower_cost(config: MultiEncoderConfig, size: Grid, dtype: torch.dtype, tiles: int = 1) -> list[CostRow]:
+def tower_cost(
+    config: MultiEncoderConfig, size: Grid, dtype: torch.dtype, tiles: int = 1, all_frozen: bool = False
+) -> list[CostRow]:
     """A row per encoder, and one of the fusion.
 
     What a fusion does inside of an encoder (adapters between its blocks, and what the backward pass to them keeps of
     the encoder) is on the row of the fusion.
     """
     with torch.device("meta"):
-        tower = CountedTower(config).to(dtype).eval()
+        tower = CountedTower(config, all_frozen).to(dtype).eval()
         pixels = torch.empty(tiles, config.num_channels, *size, dtype=dtype)
     weights, outputs, rows, alone, seen = list(tower.parameters()), config.outputs_for(size), [], Measured(0, 0), []
     for index, member in enumerate(config.encoder_configs):
         name, tokens = f"encoder {index} ({kind_of(member)})", tiles * cells(outputs[index][1])
         found = measure(lambda index=index: seen.append(tower.run_encoder(index, pixels, None)), weights)
         if index in tower.missing:
-            trained = not config.options[index].frozen
+            trained = not (config.options[index].frozen or all_frozen)
             rows.append(CostRow(name, None, None, None, tokens, None, trained, tower.missing[index]))
             continue
         alone = Measured(alone.flops + found.flops, alone.kept + found.kept)
@@ -188,8 +190,9 @@ def language_rows(
     inputs.requires_grad_(learns or not config.freeze_language_model)
     first = measure(lambda: projector(features), list(projector.parameters()))
     second = measure(
-        lambda: head(model(inputs_embeds=inputs, use_cache=False).last_hidden_state), list(whole.parameters())
-    )
+        lambda: head(model(inputs_embeds=inputs, past_key_values=DynamicCache()).last_hidden_state),
+        list(whole.parameters()),
+    )  # with an empty cache nobody looks into the positions for packed sequences, which meta tensors cannot tell
     note = "the head over all tokens, as in training"
     return [
         row_of(f"projector ({config.projector_type})", projector, read, first),
@@ -220,18 +223,14 @@ def model_cost(
         raise ValueError(f"expected tiles >= 1 and text_tokens >= 0, got {tiles} and {text_tokens}")
     size = as_pair(tower.image_size if image_size is None else image_size)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    rows = tower_cost(tower, size, dtype, tiles)
+    rows = tower_cost(tower, size, dtype, tiles, getattr(config, "freeze_vision_encoders", False))
     if tower is config:
         return rows
-    seen = rows[-1].tokens
-    per_tile = tower.plan_for(size)
-    if config.image_newline or config.unpad:
-        read = count_image_tokens(config, tiles, size) if size == as_pair(tower.image_size) else None
-        read = seen + tiles * per_tile.grid[0] * config.image_newline if read is None else read
-    else:
-        read = seen
-    frozen = config.freeze_vision_encoders
-    upstream = any(row.trained for row in (rows[-1:] if frozen else rows))
+    seen, plan = rows[-1].tokens, tower.plan_for(size)
+    read = seen
+    if config.image_newline or config.unpad:  # unpad cuts what is no square, as if padded to this one
+        read = tokens_per_image(plan.num_tokens, tiles, plan.grid, config.image_newline, config.unpad, size)
+    upstream = any(row.trained and row.parameters != 0 for row in rows)
     return [*rows, *language_rows(config, seen, read, text_tokens, dtype, upstream)]
 
 
