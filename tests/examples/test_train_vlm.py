@@ -13,16 +13,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "train_vlm.py"
 
 @pytest.mark.slow
 def test_tiny_run_trains_both_stages_and_resumes(tmp_path):
-    out = tmp_path / "run"
-    command = [
-        sys.executable,
-        str(EXAMPLE),
-        "--tiny",
-        "--out",
-        str(out),
-        "--cache_features",
-        str(tmp_path / "features"),
-    ]
+    out, features = tmp_path / "run", tmp_path / "features"
+    command = [sys.executable, str(EXAMPLE), "--tiny", "--out", str(out), "--cache_features", str(features)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     pattern = r"^stage (\d): validation loss per token ([\d.]+) before, ([\d.]+) after$"
