@@ -3,11 +3,13 @@
 from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 from vitweave.modeling.modality_streams.base import ModalityStreams
 from vitweave.modeling.modality_streams.mit import MitStreams
+from vitweave.modeling.modality_streams.swin import SwinStreams
 from vitweave.modeling.modality_streams.vit import VitStreams
 from vitweave.modeling.options import pick
 
 STREAMS: dict[str, type[ModalityStreams]] = {
     "mit": MitStreams,
+    "swin": SwinStreams,
     "vit": VitStreams,
 }
 
