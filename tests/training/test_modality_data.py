@@ -63,7 +63,7 @@ def test_errors_name_the_sample(tmp_path):
     folder = fill(tmp_path)
     PIL.Image.new("L", (5, 5)).save(folder / "label" / "1.png")
     dataset = ModalityDataset(ModalityFolder(folder, ["rgb", "depth"]), processor())
-    with pytest.raises(ValueError, match="^1: .*aligned images of one size"):
+    with pytest.raises(ValueError, match=r"^1: .*aligned images of one size"):
         dataset[1]
     (folder / "label" / "0.png").unlink()
     with pytest.raises(ValueError, match="1 no map in 'label'"):

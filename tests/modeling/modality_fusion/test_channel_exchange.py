@@ -35,7 +35,7 @@ def test_the_exchange_is_the_formula_channel_by_channel(modalities):
         expected = streams[m, :, :, channel] if kept else sum(others) / len(others)
         torch.testing.assert_close(fused[m, :, :, channel], expected)
     torch.testing.assert_close(fusion.last_exchange_ratio, (inputs.scales.abs() < 0.02).float().mean(dim=1))
-    assert 0.3 < fusion.last_exchange_ratio.min() and fusion.last_exchange_ratio.max() < 0.7
+    assert fusion.last_exchange_ratio.min() > 0.3 and fusion.last_exchange_ratio.max() < 0.7
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -109,7 +109,7 @@ def test_the_mean_is_over_the_sensors_that_are_present():
 
 @every_count
 def test_images_do_not_see_each_other_and_bfloat16_comes_close(modalities):
-    streams, inputs = random_streams(modalities, dtype=torch.float64)
+    _streams, _inputs = random_streams(modalities, dtype=torch.float64)
     check_images_do_not_see_each_other(ChannelExchangeFusion(modalities, HIDDEN))
     check_bfloat16(ChannelExchangeFusion(modalities, HIDDEN))
 

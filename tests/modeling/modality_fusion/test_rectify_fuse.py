@@ -45,7 +45,7 @@ def test_two_modalities_take_from_each_other(fuse):
     gates = fusion.gates(streams[:, None])[:, 0]  # how much of each stream the other one takes
     torch.testing.assert_close(rectified[0], streams[0] + gates[1] * streams[1])
     torch.testing.assert_close(rectified[1], streams[1] + gates[0] * streams[0])
-    assert penalty is None and 0 < gates.min() and gates.max() < 1.1
+    assert penalty is None and gates.min() > 0 and gates.max() < 1.1
     assert gates.std(dim=(1, 2, 3)).min() > 0.01
 
 
@@ -187,7 +187,7 @@ def test_heads_follow_the_width_and_bad_options_are_refused():
         RectifyFuseFusion(2, HIDDEN, fuse="sum")
     with pytest.raises(ValueError, match="32 channels to split into heads of head_width=10"):
         RectifyFuseFusion(2, HIDDEN, head_width=10)
-    with pytest.raises(ValueError, match="start_gate between 0 and 1, got 0.0"):
+    with pytest.raises(ValueError, match=r"start_gate between 0 and 1, got 0.0"):
         RectifyFuseFusion(2, HIDDEN, start_gate=0.0)
     with pytest.raises(ValueError, match="has no option 'lambda_d'"):
         build_modality_fusion("rectify_fuse", 2, HIDDEN, {"lambda_d": 0.5})

@@ -5,11 +5,14 @@ from vitweave.modeling.modality_fusion.channel_exchange import ChannelExchangeFu
 from vitweave.modeling.modality_fusion.cross_attention import CrossAttentionFusion
 from vitweave.modeling.modality_fusion.gemini import GeminiFusion
 from vitweave.modeling.modality_fusion.rectify_fuse import RectifyFuseFusion
+from vitweave.modeling.modality_fusion.stage_controls import AdditionFusion, ConcatenationFusion
 from vitweave.modeling.modality_fusion.token_exchange import TokenExchangeFusion
 from vitweave.modeling.options import check_options, pick
 
 MODALITY_FUSIONS: dict[str, type[ModalityFusion]] = {
+    "addition": AdditionFusion,
     "channel_exchange": ChannelExchangeFusion,
+    "concatenation": ConcatenationFusion,
     "cross_attention": CrossAttentionFusion,
     "gemini": GeminiFusion,
     "rectify_fuse": RectifyFuseFusion,
