@@ -158,8 +158,8 @@ def test_start_values_survive_a_model_around_them(tmp_path):
     torch.testing.assert_close(host.fusion.gates.channel_fc2.bias.sigmoid(), torch.full((2 * HIDDEN,), 0.2))
     assert torch.equal(host.fusion.fused_scale, torch.full((2, HIDDEN), 0.3))
     convs = host.fusion.channel_embed
-    assert convs.residual.weight.std() == pytest.approx((2 / HIDDEN) ** 0.5, rel=0.1)
-    assert convs.dwconv.weight.std() == pytest.approx((2 / 9) ** 0.5, rel=0.2)
+    assert convs.residual.weight.std().item() == pytest.approx((2 / HIDDEN) ** 0.5, rel=0.1)
+    assert convs.dwconv.weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.2)
     check_saved_and_loaded_equal(host, tmp_path)
 
 
