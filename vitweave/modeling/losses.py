@@ -5,6 +5,8 @@ float32 (float64 stays), and gives a scalar. Pixels labelled `ignore_index` coun
 loss is 0 and still has a gradient (of zeros).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,6 +101,38 @@ class OhemLoss(PixelLoss):
         return weighted_mean(costs[order], weights[order] * kept)
 
 
+class OhemThresholdLoss(PixelLoss):
+    """Cross-entropy over the pixels whose true class gets less than a probability (the OHEM of DeLiVER's recipes).
+
+    Args:
+        threshold: pixels count where the probability of their class lies below it.
+        min_fraction: where fewer than this part of the valid pixels would count, so many of the costliest do.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = 255,
+        class_weights: list[float] | None = None,
+        threshold: float = 0.7,
+        min_fraction: float = 1 / 16,
+    ):
+        super().__init__(ignore_index, class_weights)
+        if not 0 < threshold <= 1 or not 0 <= min_fraction <= 1:
+            raise ValueError(
+                f"the OHEM loss needs 0 < threshold <= 1 and 0 <= min_fraction <= 1, got {threshold} and {min_fraction}"
+            )
+        self.threshold, self.min_fraction = threshold, min_fraction
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        costs, weights = (values.flatten() for values in self.pixel_costs(logits, labels))
+        valid = (labels != self.ignore_index).flatten()
+        ranked = costs.detach().masked_fill(~valid, -1.0).sort(descending=True)  # the ignored pixels come last
+        hard = (ranked.values > -math.log(self.threshold)).sum()
+        keep = torch.maximum(hard, (valid.sum() * self.min_fraction).floor())
+        kept = torch.arange(ranked.indices.shape[0], device=costs.device) < keep
+        return weighted_mean(costs[ranked.indices], weights[ranked.indices] * kept)
+
+
 class DiceLoss(PixelLoss):
     """1 - Dice overlap of probabilities and labels (arXiv:1606.04797), a weighted mean over the classes in the batch.
 
@@ -133,6 +167,7 @@ LOSSES: dict[str, type[PixelLoss]] = {
     "dice": DiceLoss,
     "focal": FocalLoss,
     "ohem": OhemLoss,
+    "ohem_threshold": OhemThresholdLoss,
 }
 
 
