@@ -139,6 +139,11 @@ class ModalityImageProcessorPil(BaseImageProcessor):
             labels = whole
         return pixels, np.array([name in read for name in self.modalities]), labels
 
+    def size_of(self, images: Mapping[str, Any]) -> tuple[int, int]:
+        """(height, width) of the images of one sample, before they are resized."""
+        name, image = next((name, image) for name, image in images.items() if image is not None)
+        return read_values(image, read_sensor(self.modalities[name], name), name)[0].shape[-2:]
+
     def channels(self, name: str, values: np.ndarray, measured: np.ndarray | None, size: tuple[int, int]) -> np.ndarray:
         """(3, height, width) of one modality at the given size, encoded."""
         sensor = read_sensor(self.modalities[name], name)
