@@ -97,8 +97,9 @@ class AttentionUnits(ModalityFusion):
 
 
 def others(streams: Tensor) -> Tensor:
-    """For each modality all others, the next one first: (modalities, ...) to (modalities, others, ...)."""
-    found = [streams.roll(-step, dims=0).unsqueeze(1) for step in range(1, streams.shape[0])]
+    """For each modality all others, the next one first: (modalities, ...) to (modalities, others, ...), new memory."""
+    each = streams.unsqueeze(1)
+    found = [each.roll(-step, dims=0) for step in range(1, streams.shape[0])]
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 

@@ -70,8 +70,9 @@ class GeminiFusion(AttentionUnits):
         shares = self.other_shares(known, self.relation(known), inputs.present).unsqueeze(-1)
         own = self.by_head(self.to_value(known, shift=self.value_noise))  # (modalities, batch, tokens, heads, width)
         offers = self.value_differences(known)  # (modalities, others, batch, tokens, heads, width)
-        mixed = own + (shares[:, 0] * offers[:, 0] if self.num_modalities == 2 else (shares * offers).sum(dim=1))
-        fused = known + self.output(mixed.flatten(-2))
+        # sums are written into tensors made here: on large maps new memory costs as much as the products
+        taken = shares[:, 0] * offers[:, 0] if self.num_modalities == 2 else (shares * offers).sum(dim=1)
+        fused = known + self.output(taken.add_(own).flatten(-2))
         return keep_unfused(fused, streams, inputs.present), None
 
     def other_shares(self, streams: Tensor, relation: Tensor, present: Tensor | None) -> Tensor:
@@ -88,7 +89,7 @@ class GeminiFusion(AttentionUnits):
 
     def value_differences(self, streams: Tensor) -> Tensor:
         """Values of the others less the own noisy one, by head."""
-        differences = others(streams) - streams.unsqueeze(1)
+        differences = others(streams).sub_(streams.unsqueeze(1))
         return self.by_head(self.to_value(differences, shift=-self.value_noise, with_bias=False))
 
 
@@ -113,5 +114,5 @@ class Relation(nn.Module):
 
     def forward(self, streams: Tensor) -> Tensor:
         """(modalities, ..., hidden) to (modalities, others, ..., hidden), positive, summing to 1."""
-        hidden = self.own_proj(streams).unsqueeze(1) + others(self.other_proj(streams))
+        hidden = others(self.other_proj(streams)).add_(self.own_proj(streams).unsqueeze(1))
         return self.gate_proj(F.gelu(hidden)).softmax(dim=-1)
