@@ -11,6 +11,7 @@ import pytest
 import torch
 from retrieval_models import retriever
 from safetensors.torch import load_file, save_file
+from tiny_vlm import CONVNEXT, tiny_tower, tiny_vlm_config, tiny_vlm_processor
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.hub import export as export_module
 from vitweave.hub import verify_bundle
@@ -28,8 +30,12 @@ from vitweave.hub.card import CardInfo
 from vitweave.hub.export import export, load_card, load_model, load_processor, push_to_hub_with_code, random_image
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
+from vitweave.modeling.modeling_modality_fusion import ModalityFusionForSemanticSegmentation
+from vitweave.modeling.modeling_multi_encoder import MultiEncoderModel
+from vitweave.modeling.modeling_multi_encoder_vlm import MultiEncoderVlmForConditionalGeneration
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification, SpecializedViTModel
 from vitweave.processing.image_processing_pil_depth import DepthImageProcessorPil
+from vitweave.processing.image_processing_pil_modality import ModalityImageProcessorPil
 from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "num_labels": 3}
@@ -214,6 +220,44 @@ def test_a_retriever_over_a_layer_fusion_leaves_with_its_code(tmp_path):
     assert auto_map["AutoModelForZeroShotImageClassification"].startswith("modeling_image_text_retriever.")
     assert "pipeline_tag: zero-shot-image-classification" in (folder / "README.md").read_text()
     assert {"modeling_layer_fusion.py", "layer_fusion_film.py", "gather.py"} < {file.name for file in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_tower_over_nested_composites_leaves_with_its_code(tmp_path):
+    torch.manual_seed(0)
+    fusion = {"model_type": "layer_fusion_vision", "encoder_config": {"model_type": "specialized_vit", **TINY}}
+    tower = {"fusion_type": "concat", "fusion_options": {"dense": True}, "layers": [1, 3]}
+    given = {"encoder_configs": [fusion | tower, CONVNEXT], "encoder_options": [{"image_size": 28}, {}]}
+    config = tiny_tower(**given, image_size=64)
+        encoder_configs=[fusion | tower, CONVNEXT], encoder_options=[{"image_size": 28}, {}], image_size=64
+    )
+    folder = export(MultiEncoderModel(config).eval(), tmp_path / "out")  # loads it and compares the tokens
+    assert json.loads((folder / "config.json").read_text())["auto_map"]["AutoModel"].endswith(".MultiEncoderModel")
+
+
+@pytest.mark.slow
+def test_a_vision_language_model_leaves_with_its_code_and_processor(tmp_path):
+    torch.manual_seed(0)
+    model = MultiEncoderVlmForConditionalGeneration(tiny_vlm_config()).eval()
+    folder = export(model, tmp_path / "out", tiny_vlm_processor())  # loads it and compares the logits
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForImageTextToText"].endswith(".MultiEncoderVlmForConditionalGeneration")
+    assert {"tokenizer.json", "processor_config.json", "processing_multi_encoder_vlm.py"} < {
+        file.name for file in folder.iterdir()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [{"model_type": "segformer"}, {"model_type": "vit", **TINY}])
+def test_a_model_of_several_sensors_leaves_with_its_code(tmp_path, stream):
+    torch.manual_seed(0)
+    small = {"hidden_sizes": [32, 32, 32, 32], "depths": [1] * 4, "num_attention_heads": [1] * 4}
+    stream = {**stream, **(small if stream["model_type"] == "segformer" else {"patch_size": 7})}
+    stream.pop("num_labels", None)
+    config = ModalityFusionConfig(stream_config=stream, decoder_hidden_size=32, num_labels=3)
+    model = ModalityFusionForSemanticSegmentation(config).eval()
+    folder = export(model, tmp_path / "out", ModalityImageProcessorPil())  # loads it and compares the logits
+    assert (folder / "modality_fusion_gemini.py").is_file()
 
 
 def test_a_blocked_package_cannot_be_imported(monkeypatch):

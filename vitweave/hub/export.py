@@ -12,6 +12,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import ImageProcessingMixin, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 
+from vitweave.configuration.image_tokens import count_image_tokens
 from vitweave.hub.card import CARD_FILE, CardInfo, model_card
 from vitweave.hub.families import (
     Family,
@@ -269,11 +270,22 @@ def random_image(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
 
 
 def random_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A random image and, for a model that reads texts, two random texts of eight tokens; seeded."""
-    inputs = random_image(model.config)
-    if "input_ids" in inspect.signature(model.forward).parameters:
-        vocabulary = model.get_input_embeddings().num_embeddings
-        inputs["input_ids"] = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(0))
+    """A random image (of every modality) and, for a model that reads texts, random texts of eight tokens, or one with
+    the placeholders of the image; seeded."""
+    config, inputs = model.config, random_image(model.config)
+    if hasattr(config, "modalities"):
+        inputs["pixel_values"] = inputs["pixel_values"][:, None].repeat(1, len(config.modalities), 1, 1, 1)
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        return inputs
+    vocabulary = model.get_input_embeddings().num_embeddings
+    inputs["input_ids"] = torch.randint(vocabulary, (2, 8), generator=torch.Generator().manual_seed(0))
+    if hasattr(config, "image_token_id"):
+        size = tuple(inputs["pixel_values"].shape[-2:])
+        text = inputs["input_ids"][:1]
+        text = text.masked_fill(text == config.image_token_id, 1 if config.image_token_id == 0 else 0)
+        placeholders = torch.full((1, count_image_tokens(config, 1, size)), config.image_token_id)
+        inputs["input_ids"] = torch.cat([placeholders, text], dim=1)
+        inputs["image_sizes"] = torch.tensor([size])
     return inputs
 
 

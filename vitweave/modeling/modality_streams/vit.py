@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig, as_pair
-from vitweave.modeling.conversion.registry import find_family
 from vitweave.modeling.modality_fusion.base import BlockInputs, ModalityFusion, ModalityNorm
 from vitweave.modeling.modality_streams.auxiliary import AuxiliaryMerge
 from vitweave.modeling.modality_streams.base import ModalityStreams, StreamOutput
@@ -19,7 +18,6 @@ from vitweave.modeling.modality_streams.loading import fill_streams
 from vitweave.modeling.modality_streams.present import split_modalities
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel, SpecializedViTTrunk
 from vitweave.modeling.own_models import build_model
-from vitweave.modeling.specialize import specialize
 from vitweave.modeling.specialized_layers import SpecializedViTLayer, add_bias
 from vitweave.modeling.tokens import by_role
 from vitweave.modeling.vit_embeddings import RelativePositionBias, SpecializedViTEmbeddings, rotary_tables
@@ -34,6 +32,8 @@ def vit_of_streams(config: ModalityFusionConfig) -> SpecializedViTConfig:
     if stream.model_type == "specialized_vit":
         vit = copy.deepcopy(stream)
     else:
+        from vitweave.modeling.conversion.registry import find_family  # no part of a published bundle
+
         family = find_family(stream)
         with torch.device("meta"):  # some facts are in no config
             vit = SpecializedViTConfig(**{**family.options(build_model(stream)), **VANILLA})
@@ -160,6 +160,7 @@ class VitStreams(ModalityStreams):
     def __init__(self, config: ModalityFusionConfig):
         super().__init__()
         self.vit = vit = vit_of_streams(config)
+        config.stream_config = vit  # what is saved is read again without knowing other ViTs
         num_stages = len(config.stage_layers)
         self.channels = [vit.hidden_size] * num_stages
         self.strides = [as_pair(vit.patch_size)[0]] * num_stages
@@ -228,6 +229,8 @@ class VitStreams(ModalityStreams):
         Blocks behind the last stage, pooler, classifier and mask token are left out.
         """
         if not isinstance(encoder, SpecializedViTTrunk):
+            from vitweave.modeling.specialize import specialize  # no part of a published bundle
+
             encoder = specialize(encoder, SpecializedViTModel, **VANILLA)
         places, first = {}, 0
         for index, stage in enumerate(self.stages):
