@@ -1,5 +1,6 @@
 """Several aligned sensors through one encoder, fused inside its blocks: model, backbone, semantic segmentation."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +69,9 @@ class ModalityFusionPreTrainedModel(VitweavePreTrainedModel):
         if isinstance(encoder, str):
             encoder = AutoModel.from_pretrained(encoder)
         encoder = find_vision_model(encoder)
-        model = cls(ModalityFusionConfig(stream_config=encoder.config, **options))
+        implementation = encoder.config._attn_implementation
+        options = {"attn_implementation": implementation} | options
+        model = cls(ModalityFusionConfig(stream_config=copy.deepcopy(encoder.config), **options))
         getattr(model, cls.base_model_prefix, model).streams.load_encoder(encoder)
         return model.to(device=encoder.device, dtype=encoder.dtype)
 

@@ -1,8 +1,8 @@
 """Tensors of the official two-stream MiT segmenters, and ours.
 
-The code behind GeminiFusion (MiT), its DeLiVER branch and TokenFusion (JiaDingCN/GeminiFusion, yikaiw/TokenFusion) share
-one layout: weights of all modalities under `.module`, norms as `ln_0`, `ln_1`, keys and values packed. Ours hold a norm's
-modalities as rows, and keys and values apart.
+The code behind GeminiFusion (MiT), its DeLiVER branch and TokenFusion (JiaDingCN/GeminiFusion, yikaiw/TokenFusion)
+shares one layout: weights of all modalities under `.module`, norms as `ln_0`, `ln_1`, keys and values packed. Ours hold
+a norm's modalities as rows, and keys and values apart.
 """
 
 import re
@@ -17,6 +17,7 @@ from vitweave.modeling.conversion.gemini_units import from_official_units
 STREAMS = "modality_fusion.streams.stages"
 BLOCK = r"(?:encoder|backbone)\.block(?P<stage>\d)\.(?P<block>\d+)"
 STAGE = r"(?:encoder|backbone)"
+HEAD = r"(?:decoder|decode_head)"
 ROW = r"ln_(?P<row>\d)"
 LEAF = r"(?P<leaf>weight|bias)"
 # official place in a score net of TokenFusion -> our layer
@@ -50,10 +51,10 @@ NAMES = {
     ),
 }
 HEAD_NAMES = {
-    r"(?:decoder|decode_head)\.linear_c(?P<stage>\d)\.proj\.(?P<leaf>weight|bias)": "decoder.projections.{stage}.{leaf}",
-    r"(?:decoder|decode_head)\.linear_fuse\.conv\.(?P<leaf>weight)": "decoder.fuse.{leaf}",
-    r"(?:decoder|decode_head)\.linear_fuse\.bn\.(?P<leaf>\w+)": "decoder.norm.{leaf}",
-    r"(?:decoder|decode_head)\.linear_pred\.(?P<leaf>weight|bias)": "decoder.classifier.{leaf}",
+    rf"{HEAD}\.linear_c(?P<stage>\d)\.proj\.{LEAF}": "decoder.projections.{stage}.{leaf}",
+    rf"{HEAD}\.linear_fuse\.conv\.(?P<leaf>weight)": "decoder.fuse.{leaf}",
+    rf"{HEAD}\.linear_fuse\.bn\.(?P<leaf>\w+)": "decoder.norm.{leaf}",
+    rf"{HEAD}\.linear_pred\.{LEAF}": "decoder.classifier.{leaf}",
     r"alpha": "ensemble.alpha",
 }
 UNUSED = r"(?:encoder|backbone)\.extra_score_predictor\.\d\.score_nets\.(\d)\..+"

@@ -1,5 +1,6 @@
 """SegFormer's encoder (MiT) for several aligned modalities."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,15 +14,10 @@ from vitweave.configuration.configuration_modality_fusion import ModalityFusionC
 from vitweave.modeling.modality_fusion.base import BlockInputs, ModalityFusion, ModalityNorm
 from vitweave.modeling.modality_streams.auxiliary import AuxiliaryMerge
 from vitweave.modeling.modality_streams.base import ModalityStreams, StreamOutput
-from vitweave.modeling.modality_streams.block_fusions import (
-    BlockFusion,
-    StagePlan,
-    exchange_ratio,
-    new_fusion,
-    plan_fusions,
-    summed,
-)
+from vitweave.modeling.modality_streams.block_fusions import BlockFusion, StagePlan, new_fusion, plan_fusions
 from vitweave.modeling.modality_streams.convolutions import FanOutConv
+from vitweave.modeling.modality_streams.fusing_stage import FusingStage, FusionRecord
+from vitweave.modeling.modality_streams.loading import fill_streams
 from vitweave.modeling.modality_streams.present import split_modalities
 from vitweave.modeling.specialized_layers import eager_attention
 from vitweave.modeling.tokens import DropPath, tokens_to_map
@@ -133,12 +129,12 @@ class MitLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: ModalityFusionConfig, stage: int, drop_path_rate: float, fuses: bool):
         super().__init__()
-        width, norm_args = config.stream_config.hidden_sizes[stage], (config.num_streams,)
-        self.layernorm_before = ModalityNorm(*norm_args, width, config.layer_norm_eps)
+        width = config.stream_config.hidden_sizes[stage]
+        self.layernorm_before = ModalityNorm(config.num_streams, width, config.layer_norm_eps)
         self.attention = MitAttention(config, stage)
         self.hidden_dropout = nn.Dropout(config.stream_config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path_rate)
-        self.layernorm_after = ModalityNorm(*norm_args, width, config.layer_norm_eps)
+        self.layernorm_after = ModalityNorm(config.num_streams, width, config.layer_norm_eps)
         self.mlp = MitMixMLP(config, stage)
         self.fusion = new_fusion(config, width) if fuses else None
 
@@ -157,63 +153,44 @@ class MitLayer(GradientCheckpointingLayer):
         return streams, fuse.penalty
 
 
-class MitStage(nn.Module):
+class MitStage(FusingStage):
     """Patch embeddings, blocks and a norm, at one resolution."""
 
     def __init__(self, config: ModalityFusionConfig, stage: int, drop_path_rates: list[float], plan: StagePlan):
-        super().__init__()
+        super().__init__(f"stage{stage + 1}", plan)
         width = config.stream_config.hidden_sizes[stage]
         self.patch_embeddings = MitPatchEmbeddings(config, stage)
         merged = config.num_streams < config.num_modalities
         self.auxiliary = AuxiliaryMerge(config.num_modalities - 1, width) if merged else None
-        self.fusion, self.block_fuses = plan
-        own = self.fusion is None
         self.blocks = nn.ModuleList(
-            MitLayer(config, stage, rate, fuses and own)
-            for rate, fuses in zip(drop_path_rates, self.block_fuses, strict=True)
+            MitLayer(config, stage, rate, fuses) for rate, fuses in zip(drop_path_rates, self.own_fusions, strict=True)
         )
         self.layer_norm = ModalityNorm(config.num_streams, width, config.layer_norm_eps)
 
-    def forward(self, maps: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor, StreamOutput]:
+    def forward(
+        self, maps: Tensor, present: Tensor | None, record: FusionRecord
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """
         Args:
             maps: (modalities, batch, channels, height, width), what the stage before passed on.
             present: (modalities, batch).
 
         Returns:
-            What the next stage reads (modalities, batch, hidden, height, width), and of this stage its one map, tokens,
-            penalty and exchange ratios.
+            What the next stage reads (modalities, batch, hidden, height, width); of the streams, of which there are two
+            where all but the first are merged, the maps (streams, batch, hidden, height, width), the tokens (streams,
+            batch, tokens, hidden), and which of them are there.
         """
         streams, grid = self.patch_embeddings(maps)
         scaled = None
         if self.auxiliary is not None:
             streams, scaled, present = self.auxiliary(streams, grid, present)
-        penalties, ratios = [], {}
-        for index, (block, fuses) in enumerate(zip(self.blocks, self.block_fuses, strict=True)):
-            streams, penalty = block(streams, grid, present, self.fusion if fuses else None)
-            penalties.append(penalty)
-            self.note_ratio(ratios, f"block{index}", self.fusion_of(index))
-        streams = self.layer_norm(streams)
-        if self.fusion is not None and self.fusion.position == "stage":
-            streams, penalty = self.fusion(streams, BlockInputs(streams, grid, present))
-            penalties.append(penalty)
-            self.note_ratio(ratios, "maps", self.fusion)
-        maps = streams.transpose(2, 3).unflatten(3, grid)  # (modalities, batch, hidden, height, width)
-        passed_on = maps
-        if scaled is not None:
-            passed_on = torch.cat([maps[:1], scaled.transpose(2, 3).unflatten(3, grid) + maps[1:]])
-        return passed_on, StreamOutput((maps,), streams, present, summed(penalties), ratios)
-
-    def fusion_of(self, index: int) -> nn.Module | None:
-        """What fuses in a block: its own or the stage's."""
-        own = self.blocks[index].fusion
-        return self.fusion if own is None and self.block_fuses[index] else own
-
-    @staticmethod
-    def note_ratio(ratios: dict[str, Tensor], place: str, fusion: nn.Module | None):
-        """Remember what was exchanged; a compiled graph keeps no record."""
-        if not torch.compiler.is_compiling() and exchange_ratio(fusion) is not None:
-            ratios[place] = exchange_ratio(fusion)
+        streams = self.layer_norm(self.run_blocks(streams, grid, present, record))
+        streams = self.fuse_maps(streams, grid, present, record)
+        maps = streams.transpose(2, 3).unflatten(3, grid)
+        if scaled is None:
+            return maps, maps, streams, present
+        others = scaled.transpose(2, 3).unflatten(3, grid) + maps[1:]
+        return torch.cat([maps[:1], others]), maps, streams, present
 
 
 class MitStreams(ModalityStreams):
@@ -229,8 +206,7 @@ class MitStreams(ModalityStreams):
         super().__init__()
         stream = config.stream_config
         self.channels = list(stream.hidden_sizes)
-        self.strides = [int(torch.tensor(stream.strides[: stage + 1]).prod()) for stage in range(len(stream.depths))]
-        self.smallest_image = max(stride * ratio for stride, ratio in zip(self.strides, stream.sr_ratios, strict=True))
+        self.strides = [math.prod(stream.strides[: stage + 1]) for stage in range(len(stream.depths))]
         total = sum(stream.depths)
         rates = [config.drop_path_rate * index / max(total - 1, 1) for index in range(total)]
         plans = plan_fusions(config, stream.depths, stream.hidden_sizes)
@@ -242,15 +218,12 @@ class MitStreams(ModalityStreams):
     def forward(
         self, pixel_values: Tensor, present: Tensor | None = None, num_stages: int | None = None
     ) -> StreamOutput:
-        maps, present = split_modalities(pixel_values, present)
-        found, ratios = [], {}
-        for index, stage in enumerate(self.stages[:num_stages], start=1):
-            maps, output = stage(maps, present)
-            found.append(output)
-            ratios |= {f"stage{index}.{place}": ratio for place, ratio in output.exchange_ratios.items()}
-        last = found[-1]
-        penalty = summed([output.penalty for output in found])
-        return StreamOutput(tuple(output.maps[0] for output in found), last.tokens, last.present, penalty, ratios)
+        passed_on, present = split_modalities(pixel_values, present)
+        found, record = [], FusionRecord()
+        for stage in self.stages[:num_stages]:
+            passed_on, maps, tokens, seen = stage(passed_on, present, record)
+            found.append(maps)
+        return StreamOutput(tuple(found), tokens, seen, record.penalty, record.ratios)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.stages[0].patch_embeddings
@@ -259,15 +232,5 @@ class MitStreams(ModalityStreams):
         self.stages[0].patch_embeddings = value
 
     def load_encoder(self, encoder: PreTrainedModel) -> None:
-        """Take the weights of a transformers SegFormer: shared ones as they are, each norm's for every modality."""
-        own = self.state_dict()
-        norms = {
-            f"{name}.{part}"
-            for name, module in self.named_modules()
-            if isinstance(module, ModalityNorm)
-            for part in ("weight", "bias")
-        }
-        state = encoder.state_dict()
-        for name, tensor in state.items():
-            own[name] = tensor.expand_as(own[name]) if name in norms else tensor
-        self.load_state_dict(own)
+        """Take the weights of a transformers SegFormer (`SegformerModel`), whose names are ours."""
+        fill_streams(self, encoder.state_dict())
