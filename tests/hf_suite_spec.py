@@ -17,6 +17,7 @@ from transformers import (
     DPTImageProcessorPil,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    SegformerConfig,
 )
 from transformers.utils import is_torchvision_available
 
@@ -25,6 +26,7 @@ from vitweave.configuration.configuration_dense_predictor import DensePredictorC
 from vitweave.configuration.configuration_eva02_det import Eva02DetConfig
 from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
+from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfig
 from vitweave.configuration.configuration_multi_encoder_vlm import MultiEncoderVlmConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
@@ -36,6 +38,11 @@ from vitweave.modeling.modeling_layer_fusion import (
     LayerFusionBackbone,
     LayerFusionForImageClassification,
     LayerFusionModel,
+)
+from vitweave.modeling.modeling_modality_fusion import (
+    ModalityFusionBackbone,
+    ModalityFusionForSemanticSegmentation,
+    ModalityFusionModel,
 )
 from vitweave.modeling.modeling_multi_encoder import (
     MultiEncoderBackbone,
@@ -334,6 +341,49 @@ def multi_encoder(name: str, backbone: bool = False, **options) -> ModelSuiteSpe
     )
 
 
+def tiny_mit() -> SegformerConfig:
+    sizes = {"hidden_sizes": [32, 32], "depths": [1, 1], "num_attention_heads": [4, 4], "sr_ratios": [2, 1]}
+    sizes |= {"num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]}
+    return SegformerConfig(**sizes, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+
+
+def modalities(batch: int = 13, size: tuple[int, int] = (32, 32)) -> dict:
+    return {"pixel_values": torch.rand(batch, 2, 3, *size)}
+
+
+def modality_fusion(name: str, stream, **options) -> ModelSuiteSpec:
+    def config() -> ModalityFusionConfig:
+        return ModalityFusionConfig(stream_config=stream(), decoder_hidden_size=32, num_labels=3, **options)
+
+    def labels(config, inputs: dict) -> dict:
+        images = inputs["pixel_values"]
+        return {"labels": torch.randint(0, 3, (len(images), *images.shape[-2:]))}
+
+    return ModelSuiteSpec(
+        name=name,
+        config_class=ModalityFusionConfig,
+        make_config=config,
+        make_inputs=lambda config: modalities(),
+        other_inputs=lambda config: modalities(2, (40, 24)),
+        model_classes=[ModalityFusionModel, ModalityFusionBackbone, ModalityFusionForSemanticSegmentation],
+        base_model_classes=[ModalityFusionModel],
+        backbone_classes=[ModalityFusionBackbone],
+        segmentation_classes=[ModalityFusionForSemanticSegmentation],
+        labels={ModalityFusionForSemanticSegmentation: labels},
+        is_composite=True,
+        has_attentions=False,
+        tester_attrs={"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "image_size": 32}
+        | {"seq_length": 16, "num_masks": 13, "mask_length": 16},
+        config_kwargs={"decoder_hidden_size": 16},
+        config_common_properties=["decoder_hidden_size"],
+        skips={
+            "test_hidden_states_output": "the hidden states are the maps of the stages",
+            "test_retain_grad_hidden_states_attentions": "attentions are not returned",
+        },
+        overrides={"test_can_load_ignoring_mismatched_shapes": mismatched_shapes_with_switches},
+    )
+
+
 def questions(batch: int = 13) -> dict:
     """Two words, an image of 25 tokens, five words."""
     words = torch.randint(5, 99, (batch, 32))
@@ -398,6 +448,7 @@ def specs() -> list[ModelSuiteSpec]:
             local_loss_weight=0.5,
             contrastive_loss="siglip",
         ),
+        modality_fusion("modality_fusion_mit", tiny_mit, fusion_type="gemini"),
         multi_encoder("multi_encoder_vision"),
         multi_encoder("multi_encoder_maps", backbone=True),
         vlm("multi_encoder_vlm"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from modality_models import mit_fusion
 from retrieval_models import text_config
 from torch.export import Dim
 from transformers import Dinov2Config, Trainer, TrainingArguments, pipeline
@@ -26,6 +27,11 @@ from vitweave.modeling.modeling_layer_fusion import (
     LayerFusionBackbone,
     LayerFusionForImageClassification,
     LayerFusionModel,
+)
+from vitweave.modeling.modeling_modality_fusion import (
+    ModalityFusionBackbone,
+    ModalityFusionForSemanticSegmentation,
+    ModalityFusionModel,
 )
 from vitweave.modeling.modeling_multi_encoder import (
     MultiEncoderBackbone,
@@ -83,7 +89,7 @@ class Subject:
         )
         if self.model_class in classifiers:
             return {"labels": torch.randint(0, 3, pixels.shape[:1], generator=generator)}
-        if self.model_class is DensePredictorForSemanticSegmentation:
+        if self.model_class in (DensePredictorForSemanticSegmentation, ModalityFusionForSemanticSegmentation):
             return {"labels": torch.randint(0, 3, (pixels.shape[0], *pixels.shape[2:]), generator=generator)}
         if self.model_class is DensePredictorForDepthEstimation:
             return {"labels": 12 * torch.rand(pixels.shape[0], *pixels.shape[2:], generator=generator) - 3}
@@ -188,6 +194,12 @@ SUBJECTS = {
     "tower": Subject(MultiEncoderModel, tower, "image-feature-extraction", unread=DEEPEST_CLS),
     "tower-backbone": Subject(MultiEncoderBackbone, tower, unread=DEEPEST_CLS),
     "tower-classifier": Subject(MultiEncoderForImageClassification, tower, "image-classification", unread=DEEPEST_CLS),
+    "modalities": Subject(ModalityFusionModel, mit_fusion),
+    "modalities-backbone": Subject(ModalityFusionBackbone, mit_fusion),
+    "modalities-merged": Subject(
+        ModalityFusionForSemanticSegmentation,
+        lambda **changes: mit_fusion(**{"modalities": 3, "auxiliary": "max", "num_labels": 3} | changes),
+    ),
     "retriever": Subject(ImageTextRetrieverModel, retriever(vit), unread=DEEPEST_PATCHES),
     "retriever-local": Subject(
         ImageTextRetrieverModel,
@@ -219,6 +231,14 @@ def pixels(batch: int = 2, height: int = 32, width: int = 32, seed: int = 1) -> 
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
+def shown(model, images: torch.Tensor) -> torch.Tensor:
+    """The images as a model takes them: one of several modalities gets one for each, its channels moved on."""
+    config = getattr(model, "_orig_mod", model).config
+    if config.model_type != "modality_fusion_vision":
+        return images
+    return torch.stack([images.roll(index, dims=1) for index in range(config.num_modalities)], dim=1)
+
+
 def texts(model, batch: int) -> dict[str, torch.Tensor]:
     """What a model that compares images with texts needs beside them."""
     plain = getattr(model, "_orig_mod", model)  # torch.compile hides the signature
@@ -238,7 +258,7 @@ def tensors(outputs) -> list[torch.Tensor]:
 
 def run(model, images: torch.Tensor, **inputs) -> list[torch.Tensor]:
     with torch.no_grad():
-        return tensors(model(images, **texts(model, len(images)) | inputs))
+        return tensors(model(shown(model, images), **texts(model, len(images)) | inputs))
 
 
 def assert_same(actual: list, expected: list, tolerance: float = 1e-6):
@@ -300,7 +320,7 @@ def test_bfloat16_is_close_and_keeps_its_type(subject, tmp_path):
 
 def gradients(model, subject) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    outputs = model(pixels(4), **subject.labels(pixels(4)))
+    outputs = model(shown(model, pixels(4)), **subject.labels(pixels(4)))
     loss = (
         outputs.loss if getattr(outputs, "loss", None) is not None else sum(t.square().sum() for t in tensors(outputs))
     )
@@ -345,14 +365,16 @@ EXPORTABLE = {name: subject for name, subject in SUBJECTS.items() if not name.en
 def test_exports_with_dynamic_batch_and_size(subject):
     model = subject.build()
     height, width = 8 * Dim("rows", min=2, max=16), 8 * Dim("columns", min=2, max=16)
-    shapes = {"pixel_values": {0: Dim("batch", min=1, max=8), 2: height, 3: width}}
-    inputs = {"pixel_values": pixels()} | texts(model, 2)
+    inputs = {"pixel_values": shown(model, pixels())} | texts(model, 2)
+    axes = inputs["pixel_values"].ndim
+    shapes = {"pixel_values": {0: Dim("batch", min=1, max=8), axes - 2: height, axes - 1: width}}
     shapes |= {name: {0: Dim("texts", min=1, max=8)} for name in inputs if name == "input_ids"}
     shapes |= {name: None for name in inputs if name not in shapes}
     program = torch.export.export(model, (), inputs, dynamic_shapes=shapes)
-    other = inputs | {"pixel_values": pixels(3, 24, 40)} | texts(model, 3)
+    images = pixels(3, 24, 40)
+    other = inputs | {"pixel_values": shown(model, images)} | texts(model, 3)
     with torch.no_grad():
-        assert_same(tensors(program.module()(**other)), run(model, other["pixel_values"]), 1e-5)
+        assert_same(tensors(program.module()(**other)), run(model, images), 1e-5)
 
 
 @every_subject

@@ -3,8 +3,8 @@ import itertools
 
 import pytest
 import torch
-from model_checks import check_saved_and_loaded_equal
 from modality_models import NAMES, aligned, mit_fusion, stirred, tiny_mit
+from model_checks import check_saved_and_loaded_equal
 from transformers import AutoBackbone, AutoModel, AutoModelForSemanticSegmentation, SegformerModel, Trainer
 from transformers import TrainingArguments as Arguments
 
@@ -102,7 +102,7 @@ def test_pretrained_encoder_serves_all_modalities(no_grad):
     expected = encoder(aligned(modalities=3)[:, 2], output_hidden_states=True).hidden_states
     for ours, theirs in zip(maps, expected, strict=True):  # a new fusion starts as the identity
         torch.testing.assert_close(ours[:, 2], theirs, atol=2e-3, rtol=1e-3)  # 1e-6 here, 1e-5 there
-    with pytest.raises(ValueError, match="do not fit|no weights"):
+    with pytest.raises(ValueError, match="do not fit"):
         model.modality_fusion.streams.load_encoder(SegformerModel(tiny_mit(depths=[1, 1])))
 
 
