@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vitweave.modeling.modality_fusion.base import BlockInputs, ModalityFusion
-from vitweave.modeling.modality_fusion.modality_layers import has_company, part_of_present
+from vitweave.modeling.modality_layers import has_company, part_of_present
 
 
 class ChannelExchangeFusion(ModalityFusion):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from vitweave.modeling.modality_fusion.base import BlockInputs, ModalityFusion, ModalityNorm
-from vitweave.modeling.modality_fusion.modality_layers import ModalityLinear, has_company
+from vitweave.modeling.modality_layers import ModalityLinear, has_company
 from vitweave.modeling.tokens import tokens_to_map
 
 FUSE = ("add", "map", "none")

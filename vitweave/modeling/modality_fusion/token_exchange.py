@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from vitweave.modeling.modality_fusion.base import BlockInputs, ModalityFusion, ModalityNorm
-from vitweave.modeling.modality_fusion.modality_layers import ModalityLinear, has_company, part_of_present
+from vitweave.modeling.modality_layers import ModalityLinear, has_company, part_of_present
 
 TILE = 12  # side of the drawn partition: 144 cells fall into 2, 3 or 4 equal groups
 
