@@ -229,8 +229,6 @@ def test_a_tower_over_nested_composites_leaves_with_its_code(tmp_path):
     tower = {"fusion_type": "concat", "fusion_options": {"dense": True}, "layers": [1, 3]}
     given = {"encoder_configs": [fusion | tower, CONVNEXT], "encoder_options": [{"image_size": 28}, {}]}
     config = tiny_tower(**given, image_size=64)
-        encoder_configs=[fusion | tower, CONVNEXT], encoder_options=[{"image_size": 28}, {}], image_size=64
-    )
     folder = export(MultiEncoderModel(config).eval(), tmp_path / "out")  # loads it and compares the tokens
     assert json.loads((folder / "config.json").read_text())["auto_map"]["AutoModel"].endswith(".MultiEncoderModel")
 
