@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitweave.modeling.modality_fusion.attention_units import AttentionUnits, hide_absent, keep_unfused, others
+from vitweave.modeling.modality_fusion.base_attention import AttentionUnits, hide_absent, keep_unfused, others
 from vitweave.modeling.modality_fusion.base import BlockInputs
 
 

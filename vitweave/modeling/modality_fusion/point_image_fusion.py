@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from vitweave.modeling.modality_fusion.base import BlockInputs
-from vitweave.modeling.modality_fusion.gemini import GeminiFusion
+from vitweave.modeling.modality_fusion.registry import build_modality_fusion
 from vitweave.modeling.start_values import start_as_in_torch
 
 
@@ -43,7 +43,7 @@ class PointImageFusion(nn.Module):
         self.image_norm = nn.BatchNorm1d(hidden_size, eps=1e-3)
         self.point_proj = nn.Linear(point_channels, hidden_size)
         self.point_norm = nn.BatchNorm1d(hidden_size, eps=1e-3)
-        self.fusion = GeminiFusion(2, hidden_size, num_heads=num_heads, start=start)
+        self.fusion = build_modality_fusion("gemini", 2, hidden_size, {"num_heads": num_heads, "start": start})
         self.stream_logits = nn.Parameter(torch.empty(2))  # image, points
         self.set_start_values()
 
