@@ -5,7 +5,15 @@ import pytest
 import torch
 from modality_models import NAMES, aligned, mit_fusion, stirred, tiny_mit
 from model_checks import check_saved_and_loaded_equal
-from transformers import AutoBackbone, AutoModel, AutoModelForSemanticSegmentation, SegformerModel, Trainer
+from transformers import (
+    AutoBackbone,
+    AutoModel,
+    AutoModelForSemanticSegmentation,
+    SegformerModel,
+    Trainer,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
 from transformers import TrainingArguments as Arguments
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
@@ -120,6 +128,10 @@ def test_backbone_serves_heads(no_grad):
     config = DensePredictorConfig(backbone_config=mit_fusion(), head_type="mlp", num_labels=3)
     dense = DensePredictorForSemanticSegmentation(config).eval()
     assert dense(aligned(), modality_mask=mask).logits.shape == (2, 3, 32, 40)
+    stock = UperNetConfig(backbone_config=mit_fusion(), hidden_size=16, pool_scales=[1], use_auxiliary_head=False)
+    side_by_side = aligned().flatten(1, 2)  # (batch, modalities * channels, height, width)
+    assert UperNetForSemanticSegmentation(stock).eval()(side_by_side).logits.shape == (2, 2, 32, 40)
+    assert torch.equal(mean(side_by_side, mask).feature_maps[0], one)
 
 
 def test_bad_images_are_refused():

@@ -6,19 +6,25 @@ from torch import Tensor
 from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 
 
-def check_modalities(pixel_values: Tensor, modality_mask: Tensor | None, config: ModalityFusionConfig) -> Tensor | None:
+def check_modalities(
+    pixel_values: Tensor, modality_mask: Tensor | None, config: ModalityFusionConfig
+) -> tuple[Tensor, Tensor | None]:
     """Refuse images that are not one per modality, a mask that does not fit, images without any sensor, and NaN.
 
     The values are looked at outside compiled graphs only.
 
     Args:
-        pixel_values: (batch, modalities, channels, height, width).
+        pixel_values: (batch, modalities, channels, height, width), or with the images side by side (batch, modalities *
+            channels, height, width), which heads of transformers can handle.
         modality_mask: (batch, modalities), 1 or True where the sensor is there; None where all are.
 
     Returns:
-        The mask as booleans.
+        The images (batch, modalities, channels, height, width) and the mask as booleans.
     """
-    names, shape = list(config.modalities), tuple(pixel_values.shape)
+    names = list(config.modalities)
+    if pixel_values.ndim == 4 and pixel_values.shape[1] == len(names) * config.num_channels:
+        pixel_values = pixel_values.unflatten(1, (len(names), config.num_channels))
+    shape = tuple(pixel_values.shape)
     expected = f"pixel_values (batch, {len(names)} modalities {names}, {config.num_channels} channels, height, width)"
     if pixel_values.ndim == 4 and pixel_values.shape[1] not in (1, config.num_channels):
         raise ValueError(
@@ -40,7 +46,7 @@ def check_modalities(pixel_values: Tensor, modality_mask: Tensor | None, config:
         modality_mask = modality_mask.bool()
     if not torch.compiler.is_compiling():
         check_values(pixel_values, modality_mask, names)
-    return modality_mask
+    return pixel_values, modality_mask
 
 
 def check_values(pixel_values: Tensor, modality_mask: Tensor | None, names: list[str]) -> None:

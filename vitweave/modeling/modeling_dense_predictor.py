@@ -158,11 +158,12 @@ class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
     def run_backbone(self, pixel_values: Tensor, **kwargs) -> tuple[EncoderOutputs, BackboneOutput]:
         """What the head reads of the images (see `encode`), and all that the backbone returned."""
         patch_size = getattr(self.config.backbone_config, "patch_size", None)
-        check_pixel_values(
-            pixel_values,
-            getattr(self.config.backbone_config, "num_channels", None),
-            None if patch_size is None else as_pair(patch_size),
-        )
+        if not getattr(self.backbone, "reads_modalities", False):
+            check_pixel_values(
+                pixel_values,
+                getattr(self.config.backbone_config, "num_channels", None),
+                None if patch_size is None else as_pair(patch_size),
+            )
         request = class_token_request(self.backbone) if self.reads_class_tokens else {}
         outputs = self.backbone.forward_with_filtered_kwargs(pixel_values, **kwargs | request)
         for feature_map in outputs.feature_maps:

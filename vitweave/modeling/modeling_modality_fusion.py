@@ -99,7 +99,7 @@ class ModalityFusionTrunk(ModalityFusionPreTrainedModel):
             pixel_values: (batch, modalities, channels, height, width).
             modality_mask: (batch, modalities), 1 or True where the sensor is there; None where all are.
         """
-        present = check_modalities(pixel_values, modality_mask, self.config)
+        pixel_values, present = check_modalities(pixel_values, modality_mask, self.config)
         if self.training and self.config.modality_dropout > 0:
             if present is None:
                 present = torch.ones(pixel_values.shape[:2], dtype=torch.bool, device=pixel_values.device)
@@ -158,9 +158,13 @@ class ModalityFusionBackbone(BackboneMixin, ModalityFusionTrunk):
 
     Runs no stage beyond the deepest one asked for. `config.merge` says how the streams become one map: their "mean", or
     "concat", all of them as channels, with zeros where one is absent.
+
+    Heads that read the size of the images off axis 2, as transformers' do, want the modalities' images side by side:
+    (batch, modalities * channels, height, width).
     """
 
     has_attentions = False
+    reads_modalities = True  # it checks the images itself
 
     def __init__(self, config: ModalityFusionConfig):
         super().__init__(config)
