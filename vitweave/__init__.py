@@ -39,6 +39,7 @@ PUBLIC = {
     "ModalityFolder": "vitweave.training.modality_data",
     "ModalityFusionBackbone": "vitweave.modeling.modeling_modality_fusion",
     "ModalityFusionConfig": "vitweave.configuration.configuration_modality_fusion",
+    "ModalityFusionForImageToImage": "vitweave.modeling.modeling_modality_translation",
     "ModalityFusionForSemanticSegmentation": "vitweave.modeling.modeling_modality_fusion",
     "ModalityFusionModel": "vitweave.modeling.modeling_modality_fusion",
     "ModalityImageProcessorPil": "vitweave.processing.image_processing_pil_modality",

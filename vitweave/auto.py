@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForDepthEstimation,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    AutoModelForImageToImage,
     AutoModelForSemanticSegmentation,
     AutoModelForZeroShotImageClassification,
 )
@@ -37,6 +38,7 @@ from vitweave.modeling.modeling_modality_fusion import (
     ModalityFusionForSemanticSegmentation,
     ModalityFusionModel,
 )
+from vitweave.modeling.modeling_modality_translation import ModalityFusionForImageToImage
 from vitweave.modeling.modeling_multi_encoder import (
     MultiEncoderBackbone,
     MultiEncoderForImageClassification,
@@ -98,6 +100,7 @@ FAMILIES = (
             AutoModel: ModalityFusionModel,
             AutoBackbone: ModalityFusionBackbone,
             AutoModelForSemanticSegmentation: ModalityFusionForSemanticSegmentation,
+            AutoModelForImageToImage: ModalityFusionForImageToImage,
         },
         ({"pil": ModalityImageProcessorPil},),
     ),

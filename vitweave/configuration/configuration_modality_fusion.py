@@ -21,7 +21,8 @@ class ModalityFusionConfig(BackboneConfigMixin, VitweaveConfig):
         stream_config: the encoder: a SegFormer (MiT), a Swin, or any plain ViT; None is MiT-B0. Its heads are not used.
         fusion_type: see `vitweave/modeling/modality_fusion/registry.py`; None runs the streams side by side.
         fusion_options: arguments of that fusion's constructor.
-        fusion_blocks: how many of the last blocks fuse; None is all.
+        fusion_blocks: how many of the last blocks fuse, or a list with how many of the last ones of every stage; None
+            is all, of an image-to-image model the last one of every stage.
         auxiliary: of more than two modalities: "pairwise" keeps every stream, "max" merges all but the first at the
             start of every stage (GeminiFusion on DeLiVER).
         stage_layers: of a ViT, the blocks that end a stage; None is the ends of its four quarters.
@@ -29,6 +30,7 @@ class ModalityFusionConfig(BackboneConfigMixin, VitweaveConfig):
         drop_path_rate: of the last block, rising from 0.
         modality_dropout: probability in training that a modality of an image is left out; at least one stays.
         penalty_weight: of what the fusion asks to be added to the loss.
+        reconstruction_weight: of the mean absolute error in the loss of an image-to-image model.
         decoder_hidden_size, decoder_dropout: of the MLP decoder over the stages.
         decoder_frozen_norm: the decoder's batch norm keeps its statistics, mean 0 and variance 1 at the start.
         ensemble: how the logits of the modalities are averaged: by "trained" weights, or their "mean".
@@ -47,13 +49,14 @@ class ModalityFusionConfig(BackboneConfigMixin, VitweaveConfig):
     stream_config: dict | PreTrainedConfig | None = None
     fusion_type: str | None = "gemini"
     fusion_options: dict | None = None
-    fusion_blocks: int | None = None
+    fusion_blocks: int | list[int] | tuple[int, ...] | None = None
     auxiliary: str = "pairwise"
     stage_layers: list[int] | tuple[int, ...] | None = None
     layer_norm_eps: float = 1e-6
     drop_path_rate: float | int = 0.0
     modality_dropout: float | int = 0.0
     penalty_weight: float | int = 1e-6
+    reconstruction_weight: float | int = 100.0
     decoder_hidden_size: int = 256
     decoder_dropout: float | int = 0.1
     decoder_frozen_norm: bool = False

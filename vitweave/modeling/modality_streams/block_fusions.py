@@ -24,22 +24,38 @@ def plan_fusions(config: ModalityFusionConfig, depths: Sequence[int], hidden_siz
         return [(None, [False] * depth) for depth in depths]
     fusion_class = pick(MODALITY_FUSIONS, config.fusion_type, "fusion_type")
     at_stages = fusion_class.position == "stage"
-    total, count = sum(depths), config.fusion_blocks
-    if count is not None and at_stages:
+    if config.fusion_blocks is not None and at_stages:
         raise ValueError(
-            f"fusion_blocks={count} counts blocks, but {config.fusion_type!r} acts at the end of every stage;"
-            " leave it None"
+            f"fusion_blocks={config.fusion_blocks} counts blocks, but {config.fusion_type!r} acts at the end of every"
+            " stage; leave it None"
         )
-    if count is not None and not 1 <= count <= total:
-        raise ValueError(f"expected fusion_blocks from 1 to {total}, got {count}; for no fusion set fusion_type=None")
-    first = total - (total if count is None else count)
-    plans, start = [], 0
-    for depth, hidden_size in zip(depths, hidden_sizes, strict=True):
-        fuses = [not at_stages and block >= first for block in range(start, start + depth)]
+    plans = []
+    for depth, count, hidden_size in zip(depths, fusing_blocks(config, depths), hidden_sizes, strict=True):
+        fuses = [not at_stages and block >= depth - count for block in range(depth)]
         shared = at_stages or (fusion_class.shared_by_stage and any(fuses))
         plans.append((new_fusion(config, hidden_size) if shared else None, fuses))
-        start += depth
     return plans
+
+
+def fusing_blocks(config: ModalityFusionConfig, depths: Sequence[int]) -> list[int]:
+    """How many of the last blocks of every stage fuse."""
+    count, total = config.fusion_blocks, sum(depths)
+    if count is None:
+        return list(depths)
+    if isinstance(count, int):
+        if not 1 <= count <= total:
+            raise ValueError(
+                f"expected fusion_blocks from 1 to {total}, got {count}; for no fusion set fusion_type=None"
+            )
+        behind = [sum(depths[stage + 1 :]) for stage in range(len(depths))]  # blocks of the later stages
+        return [min(max(count - later, 0), depth) for depth, later in zip(depths, behind, strict=True)]
+    fits = len(count) == len(depths) and all(0 <= n <= depth for n, depth in zip(count, depths, strict=True))
+    if not fits or not any(count):
+        raise ValueError(
+            f"expected fusion_blocks to hold a number for every stage, at most its blocks {list(depths)}, got"
+            f" {list(count)}; for no fusion set fusion_type=None"
+        )
+    return list(count)
 
 
 def new_fusion(config: ModalityFusionConfig, hidden_size: int) -> ModalityFusion:

@@ -1,0 +1,186 @@
+"""Several aligned sensors to an image of another one: generator, discriminator, and both to be trained together."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_outputs import ImageSuperResolutionOutput
+from transformers.utils.generic import can_return_tuple
+
+from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
+from vitweave.modeling.ensemble import ModalityEnsemble
+from vitweave.modeling.modality_inputs import check_modalities
+from vitweave.modeling.modality_streams.convolutions import FanOutConv
+from vitweave.modeling.modality_streams.mit import MitStreams
+from vitweave.modeling.modality_translation import TranslationDecoder, mean_where
+from vitweave.modeling.modeling_modality_fusion import ModalityFusionModel, ModalityFusionPreTrainedModel
+
+
+@dataclass
+class ModalityTranslationOutput(ImageSuperResolutionOutput):
+    """
+    `reconstruction` (batch, channels, height, width): the image of the ensemble, in (-1, 1).
+    `modality_reconstructions` (batch, streams, channels, height, width): of every stream, 0 where it is absent.
+    `penalty`: scalar, what the fusions ask to be added to a loss; None where they ask for nothing.
+    """
+
+    modality_reconstructions: Tensor | None = None
+    penalty: Tensor | None = None
+
+
+def require_mit(config: ModalityFusionConfig, name: str) -> None:
+    """Refuse encoders whose stages cannot be run backwards."""
+    if config.stream != "mit":
+        raise ValueError(
+            f"{name} is built from MiT stages: expected a SegformerConfig as stream_config, got"
+            f" {config.stream_config.model_type!r}"
+        )
+
+
+class ModalityFusionForImageToImage(ModalityFusionPreTrainedModel):
+    """The generator of TokenFusion (section 4.1 of arXiv:2204.08721): an encoder of all sensors and its mirror image.
+
+    The released one has five stages of stride 2, kernels of 3, widths 64 to 1024, depths 3, 4, 4, 6, 3, `sr_ratios` 16,
+    8, 4, 2, 1, and exchanges tokens in the last block of every stage: a `SegformerConfig` with these as stream_config,
+    `fusion_type="token_exchange"`, `penalty_weight=1e-3`. Any other MiT does, a pretrained one of four stages too.
+    Where `config.fusion_blocks` is None, the last block of every encoder stage fuses.
+
+    The loss is `config.reconstruction_weight` (100) times the sum over the streams and the ensemble of the mean absolute
+    error, plus `config.penalty_weight` times what the fusions ask for. Where a stream is absent it has no loss.
+    """
+
+    _no_split_modules = ["MitStage", "TranslationStage"]
+
+    def __init__(self, config: ModalityFusionConfig):
+        require_mit(config, "ModalityFusionForImageToImage")
+        if config.fusion_blocks is None:
+            config = copy.deepcopy(config)  # the caller's may serve another model
+            config.fusion_blocks = [1] * len(config.stream_config.depths)
+        super().__init__(config)
+        self.modality_fusion = ModalityFusionModel(config)
+        self.decoder = TranslationDecoder(config)
+        self.ensemble = ModalityEnsemble(config.num_streams, trained=config.ensemble == "trained")
+        self.post_init()
+
+    @property
+    def exchange_ratios(self) -> dict[str, Tensor]:
+        """What the last forward exchanged: "stage1.block0" -> (streams,), the part of the tokens or channels."""
+        return self.modality_fusion.exchange_ratios
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        modality_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> ModalityTranslationOutput:
+        """Draw an image.
+
+        Args:
+            pixel_values: (batch, modalities, channels, height, width).
+            modality_mask: (batch, modalities), 1 or True where the sensor is there, whose pixels are not read where it
+                is not; None where all are there.
+            labels: (batch, channels, height, width), the image wanted, in [-1, 1]; NaN where nothing was measured.
+        """
+        check_target(labels, pixel_values)
+        output = self.modality_fusion.run_streams(pixel_values, modality_mask)
+        images = self.decoder(output, (pixel_values.shape[-2], pixel_values.shape[-1]))
+        ensemble = self.ensemble(images, output.present)
+        loss = None if labels is None else self.loss(images, ensemble, labels, output.present, output.penalty)
+        return ModalityTranslationOutput(
+            loss=loss,
+            reconstruction=ensemble,
+            hidden_states=self.modality_fusion.states_asked_for(output, output_hidden_states),
+            modality_reconstructions=images.transpose(0, 1),
+            penalty=output.penalty,
+        )
+
+    def loss(
+        self, images: Tensor, ensemble: Tensor, labels: Tensor, present: Tensor | None, penalty: Tensor | None
+    ) -> Tensor:
+        """Of the images (streams, batch, ...), the ensemble (batch, ...), and the penalty."""
+        measured = ~labels.isnan()
+        terms = []
+        for index in range(images.shape[0]):
+            counted = measured
+            if present is not None:
+                counted = measured & present[index, :, None, None, None]
+            terms.append(mean_where((images[index] - labels.nan_to_num()).abs(), counted))
+        if images.shape[0] > 1:
+            terms.append(mean_where((ensemble - labels.nan_to_num()).abs(), measured))
+        loss = self.config.reconstruction_weight * sum(terms[1:], start=terms[0])
+        return loss if penalty is None else loss + self.config.penalty_weight * penalty
+
+
+def check_target(labels: Tensor | None, pixel_values: Tensor) -> None:
+    """Refuse a target image that does not fit."""
+    if labels is None or pixel_values.ndim != 5:
+        return
+    expected = (pixel_values.shape[0], *pixel_values.shape[2:])
+    if tuple(labels.shape) != expected:
+        raise ValueError(
+            f"expected labels (batch, channels, height, width) {expected}, one image per sample, got"
+            f" {tuple(labels.shape)}; repeat the channel of a target that has only one"
+        )
+
+
+class ModalityDiscriminator(ModalityFusionPreTrainedModel):
+    """Tells drawn images from real ones, knowing what each sensor saw: a map of logits per modality.
+
+    The discriminator of TokenFusion: the encoder of the generator, without fusion, on a sensor's image and the judged one
+    as channels, then a 1x1 convolution. Its sigmoid stands here in the loss.
+
+    Args:
+        config: of the generator, or with other sizes.
+    """
+
+    _no_split_modules = ["MitStage"]
+
+    def __init__(self, config: ModalityFusionConfig):
+        require_mit(config, "ModalityDiscriminator")
+        super().__init__(config)
+        paired = copy.deepcopy(config)
+        paired.stream_config.num_channels = 2 * config.num_channels
+        paired.fusion_type, paired.auxiliary = None, "pairwise"
+        self.streams = MitStreams(paired)
+        self.score = FanOutConv(config.stream_config.hidden_sizes[-1], 1, kernel_size=1)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.streams.get_input_embeddings()
+
+    def set_input_embeddings(self, value) -> None:
+        self.streams.set_input_embeddings(value)
+
+    def forward(self, pixel_values: Tensor, images: Tensor, modality_mask: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            pixel_values: (batch, modalities, channels, height, width), what the sensors saw.
+            images: what is judged, (batch, channels, height, width), or one per modality (batch, modalities, channels,
+                height, width).
+            modality_mask: (batch, modalities), False where a sensor is absent.
+
+        Returns:
+            logits (batch, modalities, height', width'), high for real images, 0 where a sensor is absent.
+        """
+        present = check_modalities(pixel_values, modality_mask, self.config)
+        if images.ndim == 4:
+            images = images[:, None].expand_as(pixel_values)
+        maps = self.streams(torch.cat([pixel_values, images], dim=2), present).maps[-1]
+        logits = self.score(maps.flatten(0, 1))[:, 0].unflatten(0, maps.shape[:2]).transpose(0, 1)
+        return logits if present is None else logits.masked_fill(~present[..., None, None], 0)
+
+    @staticmethod
+    def loss(logits: Tensor, real: bool, modality_mask: Tensor | None = None) -> Tensor:
+        """Cross-entropy with what the judged images are, the mean per modality, summed over the modalities."""
+        target = torch.full_like(logits, float(real))
+        errors = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        if modality_mask is None:
+            return errors.mean(dim=(0, 2, 3)).sum()
+        counted = modality_mask.bool()[..., None, None]
+        terms = [mean_where(errors[:, index], counted[:, index]) for index in range(logits.shape[1])]
+        return sum(terms[1:], start=terms[0])
