@@ -27,6 +27,7 @@ PRINTING = (
     "cli_compare.py",
     "cli_convert.py",
     "cli_compare_encoders.py",
+    "cli_cost.py",
     "cli_search.py",
     "cli_specialize.py",
     "command.py",

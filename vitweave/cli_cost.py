@@ -28,8 +28,9 @@ def read_config(name: str):
 
     from transformers import AutoConfig
 
-    import vitweave.auto  # noqa: F401 - registers the model types
+    from vitweave.auto import register
 
+    register()
     path = Path(name)
     return AutoConfig.from_pretrained(path.parent if path.name == "config.json" and path.is_file() else name)
 

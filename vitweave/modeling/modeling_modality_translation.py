@@ -47,8 +47,8 @@ class ModalityFusionForImageToImage(ModalityFusionPreTrainedModel):
     `fusion_type="token_exchange"`, `penalty_weight=1e-3`. Any other MiT does, a pretrained one of four stages too.
     Where `config.fusion_blocks` is None, the last block of every encoder stage fuses.
 
-    The loss is `config.reconstruction_weight` (100) times the sum over the streams and the ensemble of the mean absolute
-    error, plus `config.penalty_weight` times what the fusions ask for. Where a stream is absent it has no loss.
+    The loss is `config.reconstruction_weight` (100) times the sum over the streams and the ensemble of the mean
+    absolute error, plus `config.penalty_weight` times what the fusions ask for. An absent stream has no loss.
     """
 
     _no_split_modules = ["MitStage", "TranslationStage"]
@@ -131,8 +131,8 @@ def check_target(labels: Tensor | None, pixel_values: Tensor) -> None:
 class ModalityDiscriminator(ModalityFusionPreTrainedModel):
     """Tells drawn images from real ones, knowing what each sensor saw: a map of logits per modality.
 
-    The discriminator of TokenFusion: the encoder of the generator, without fusion, on a sensor's image and the judged one
-    as channels, then a 1x1 convolution. Its sigmoid stands here in the loss.
+    The discriminator of TokenFusion: the encoder of the generator, without fusion, on a sensor's image and the judged
+    one as channels, then a 1x1 convolution. Its sigmoid stands here in the loss.
 
     Args:
         config: of the generator, or with other sizes.

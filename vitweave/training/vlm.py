@@ -74,6 +74,14 @@ def bare(model) -> MultiEncoderVlmForConditionalGeneration:
     return next((part for part in model.modules() if isinstance(part, kind)), model)
 
 
+def check_vlm_datasets(*datasets) -> None:
+    """Refuse one dataset in both roles, and other kinds."""
+    check_datasets(*datasets)
+    strange = [type(one).__name__ for one in datasets if not isinstance(one, (VlmDataset, type(None)))]
+    if strange:
+        raise ValueError(f"expected VlmDatasets, got {strange}; VlmDataset.from_source makes one")
+
+
 def train_vlm(
     model,
     train_dataset,
@@ -110,18 +118,13 @@ def train_vlm(
     Returns:
         train_loss of the steps taken by this call and, with an eval_dataset, loss: the mean of its learnt tokens.
     """
-    check_datasets(train_dataset, eval_dataset)
+    check_vlm_datasets(train_dataset, eval_dataset)
     if stage is not None:
         apply_stage(model, stage)
     defaults = {"weight_decay": 0.0, "warmup_steps": 0.03, "per_device_train_batch_size": 8}
     best_metric = None if eval_dataset is None else "loss"
     args = run_arguments(output_dir, best_metric, greater_is_better=False, **{**defaults, **arguments})
     checkpoint = resume_point(args, resume)
-    strange = [
-        type(one).__name__ for one in (train_dataset, eval_dataset) if not isinstance(one, (VlmDataset, type(None)))
-    ]
-    if strange:
-        raise ValueError(f"expected VlmDatasets, got {strange}; VlmDataset.from_source makes one")
     processor = train_dataset.processor if processor is None else processor
     if sample_captions and eval_dataset is not None:
         callbacks = [*callbacks, CaptionSamples(eval_dataset, sample_captions)]
