@@ -122,8 +122,8 @@ def train_vlm(
     if stage is not None:
         apply_stage(model, stage)
     defaults = {"weight_decay": 0.0, "warmup_steps": 0.03, "per_device_train_batch_size": 8}
-    best_metric = None if eval_dataset is None else "loss"
-    args = run_arguments(output_dir, best_metric, greater_is_better=False, **{**defaults, **arguments})
+    best = None if eval_dataset is None else "loss"
+    args = run_arguments(output_dir, best, greater_is_better=False, **defaults | arguments)
     checkpoint = resume_point(args, resume)
     processor = train_dataset.processor if processor is None else processor
     if sample_captions and eval_dataset is not None:
@@ -137,10 +137,7 @@ def train_vlm(
         eval_dataset,
         VlmCollator(processor.tokenizer),
         processor,
-        TokenLoss(),
-        token_losses,
-        encoder_lr_scale,
-        callbacks,
+        *(TokenLoss(), token_losses, encoder_lr_scale, callbacks),
         trainer_class=VlmTrainer,
     )
     return run(trainer, checkpoint)
