@@ -36,7 +36,9 @@ def check_streams(case, name: str, streams: Tensor):
 
 def known(case) -> dict[str, Tensor]:
     """The official gradients of the vector among NaN: it holds those of some tensors only."""
-    nothing = {name: torch.full_like(tensor, math.nan) for name, tensor in case.group("state").items()}
+    nothing = {
+        name: torch.full(tensor.shape, math.nan, dtype=case.dtype) for name, tensor in case.group("state").items()
+    }
     return nothing | case.group("grad.state")
 
 
