@@ -24,13 +24,13 @@ def add_compare_encoders_command(subparsers: argparse._SubParsersAction) -> None
     parser.add_argument("--sizes", nargs="+", type=int, help="pixels each encoder sees (default: its image size)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument(
         "--learning-rates",
         nargs="+",
         type=float,
-        default=[3e-4, 1e-3, 3e-3],
-        help="each row takes the best of them on a fifth of the training images (default: %(default)s)",
+        default=[1e-3, 3e-3, 1e-2],
+        help="each row takes the best on a fifth of the training images, tried upwards (default: %(default)s)",
     )
     parser.add_argument("--no-plot", action="store_true", help="write no comparison.png, which needs the extra viz")
     parser.set_defaults(run=run_compare_encoders)

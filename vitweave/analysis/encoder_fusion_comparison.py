@@ -36,8 +36,8 @@ class EncoderComparisonOptions:
         adapters: also train mixture_of_resolution with its adapters between the blocks of the first encoder, which
             needs the images in every step.
         steps, batch_size, weight_decay: of every run; the last step's weights count, none is chosen.
-        learning_rates: of these each row takes the one that is best on `held_out` of the training images, with seed 0;
-            it then trains on all of them.
+        learning_rates: of these each row takes the one that is best on `held_out` of the training images, with seed 0
+            (see `choose_rate`); it then trains on all of them.
         held_out: share of the training images.
         resamples: of the bootstrap.
     """
@@ -45,9 +45,9 @@ class EncoderComparisonOptions:
     fusion_options: dict[str, dict] = field(default_factory=dict)
     adapters: bool = False
     steps: int = 300
-    batch_size: int = 32
+    batch_size: int = 16
     weight_decay: float = 0.05
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     held_out: float = 0.2
     resamples: int = 2000
 
@@ -235,12 +235,18 @@ def compare_encoder_fusions(
 
 
 def choose_rate(comparison: EncoderComparison, row: Row) -> float:
-    """The learning rate that is best on the held-out part of the training images; the lower loss decides a tie."""
-    rates = comparison.options.learning_rates
+    """The learning rate that is best on the held-out part of the training images, tried from the lowest upwards for as
+    long as a higher one helps; the loss decides between equal accuracies."""
+    rates, best = sorted(comparison.options.learning_rates), None
     if len(rates) == 1:
         return rates[0]
-    tried = {rate: finished(comparison, row, 0, rate, comparison.options.held_out) for rate in rates}
-    return max(rates, key=lambda rate: (tried[rate]["accuracy"], -tried[rate]["loss"]))
+    for rate in rates:
+        tried = finished(comparison, row, 0, rate, comparison.options.held_out)
+        score = (tried["accuracy"], -tried["loss"])
+        if best is not None and score <= best[0]:
+            break
+        best = (score, rate)
+    return best[1]
 
 
 def finished(comparison: EncoderComparison, row: Row, seed: int, rate: float, held_out: float = 0.0) -> dict:
