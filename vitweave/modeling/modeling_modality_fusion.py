@@ -50,7 +50,10 @@ class ModalityFusionPreTrainedModel(VitweavePreTrainedModel):
     config_class = ModalityFusionConfig
     base_model_prefix = "modality_fusion"
     built_by = "from_encoder"
-    _no_split_modules = ["MitStage", "MlpHead"]
+    _no_split_modules = [
+        *("MitStage", "SwinStage", "SwinStreamEmbeddings", "VitStage", "SpecializedViTEmbeddings"),
+        "MlpHead",
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

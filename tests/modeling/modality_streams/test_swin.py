@@ -75,12 +75,13 @@ def test_a_base_model_gives_the_norm_of_its_last_stage(tmp_path):
 
 
 def test_windows_keep_size_and_shift_on_small_maps():
-    """Where transformers takes smaller windows, we pad: the features differ, and the windows stay as they were."""
+    """transformers drops the shift where a window holds the whole map; ours stays, and pads what is smaller."""
     host, streams = host_and_streams(SwinBackbone, swin(depths=[2], num_heads=[2], out_features=["stage1"]))
-    pixels = torch.randn(1, 3, 12, 12)  # a map of 3 x 3 for windows of 4 x 4
+    pixels = torch.randn(1, 3, 16, 16)  # a map of 4 x 4, one window
     with torch.no_grad():
         ours = streams(pixels[:, None].expand(-1, 2, -1, -1, -1)).maps[0][0]
         assert not torch.allclose(ours, host(pixels).feature_maps[0], atol=1e-3)
+    assert streams(images(size=(12, 8))).maps[0].shape == (2, 2, 32, 3, 2)
     assert [block.shift for block in streams.stages[0].blocks] == [0, 2]
 
 

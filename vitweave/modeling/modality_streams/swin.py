@@ -227,16 +227,23 @@ class SwinStage(FusingStage):
         self.layer_norm = ModalityNorm(config.num_streams, width, config.layer_norm_eps)
 
     def forward(
-        self, streams: Tensor, grid: tuple[int, int], present: Tensor | None, places: Tensor, record: FusionRecord
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self,
+        streams: Tensor,
+        grid: tuple[int, int],
+        present: Tensor | None,
+        places: Tensor,
+        record: FusionRecord,
+        go_on: bool,
+    ) -> tuple[Tensor, tuple[int, int], Tensor, Tensor | None]:
         """
         Args:
             streams: (modalities, batch, tokens, hidden).
             present: (modalities, batch).
+            go_on: whether there is a next stage.
 
         Returns:
-            What goes on to the next stage (modalities, batch, tokens, hidden), what this one returns, normed (streams,
-            batch, tokens, hidden), and which streams are there.
+            What the next stage reads (modalities, batch, tokens / 4, 2 * hidden), its grid, what this one returns,
+            normed (streams, batch, tokens, hidden), and which streams are there.
         """
         scaled = None
         if self.auxiliary is not None:
@@ -245,8 +252,11 @@ class SwinStage(FusingStage):
         mask = shift_mask(padded, self.window_size, streams.device) if len(self.blocks) > 1 else None
         streams = self.run_blocks(streams, grid, present, record, places, mask)
         streams = self.fuse_maps(streams, grid, present, record)
+        normed = self.layer_norm(streams)
+        if not go_on:
+            return streams, grid, normed, present
         passed_on = streams if scaled is None else torch.cat([streams[:1], scaled + streams[1:]])
-        return passed_on, self.layer_norm(streams), present
+        return *self.downsample(passed_on, grid), normed, present
 
 
 class SwinStreams(ModalityStreams):
@@ -258,8 +268,8 @@ class SwinStreams(ModalityStreams):
     and cropped; one of position "stage" before the norm of the stage. Fusions of position "norm" want a norm per
     modality in the blocks, and are refused.
 
-    Windows keep their size and shift on maps smaller than themselves, which are padded; transformers' Swin takes
-    smaller windows without a shift there, so on small maps the same weights give other features.
+    Windows keep their size and shift on maps no larger than themselves, which are padded; transformers' Swin drops the
+    shift there, so on small maps the same weights give other features.
 
     Parameters are named as in transformers' Swin, with "stages" for "encoder.layers".
     """
@@ -293,12 +303,11 @@ class SwinStreams(ModalityStreams):
         images, present = split_modalities(pixel_values, present)
         streams, grid = self.embeddings(images)
         places = relative_places(self.window_size, streams.device)
-        record, maps, there = FusionRecord(), [], present
-        for index, stage in enumerate(self.stages[:num_stages]):
-            if index:
-                streams, grid = self.stages[index - 1].downsample(streams, grid)
-            streams, tokens, there = stage(streams, grid, present, places, record)
-            maps.append(tokens.transpose(2, 3).unflatten(3, grid))
+        record, maps, stages = FusionRecord(), [], self.stages[:num_stages]
+        for index, stage in enumerate(stages, start=1):
+            size, go_on = grid, index < len(stages)
+            streams, grid, tokens, there = stage(streams, grid, present, places, record, go_on)
+            maps.append(tokens.transpose(2, 3).unflatten(3, size))
         return StreamOutput(tuple(maps), tokens, there, record.penalty, record.ratios)
 
     def get_input_embeddings(self) -> nn.Module:
