@@ -71,6 +71,8 @@ def test_finished_runs_are_kept_and_others_added(tmp_path, monkeypatch):
     assert again[1]["rsum"] == pytest.approx(mean)
     compare(tmp_path, ["concat"], fusion_options={"concat": {"norm": "none"}})
     assert trained[2:] == [("concat", 0)]  # the baseline does not depend on it
+    compare(tmp_path, ["concat", "film"])  # reads patches, which the others do not
+    assert trained[3:] == [("concat", 0), ("film", 0)]  # concat's options are the first ones again
 
 
 def test_wrong_names_are_refused_before_anything_runs(tmp_path):

@@ -19,7 +19,7 @@ from vitweave.modeling.options import pick
 from vitweave.modeling.text_encoder import build_text_model
 from vitweave.modeling.vision_tower import VisionTower
 from vitweave.training.feature_cache import CachedFeatures, cache_features
-from vitweave.training.feature_keys import digest_of
+from vitweave.training.feature_keys import digest_of, digests_of, encoder_ingredients
 from vitweave.training.retrieval import train_retrieval
 from vitweave.training.retrieval_data import RetrievalDataset
 from vitweave.training.retrieval_evaluation import embed_dataset
@@ -160,7 +160,9 @@ def with_shared_features(
         CachedRetrieval(dataset, cache_features(source, dataset.images(), folder, dtype))
         for dataset in (validation, train)
     )
-    return train.features.paths[0].parent.name, train, validation
+    # other fusions beside it may need more of the encoder's features, but change none of them
+    known = digests_of(encoder_ingredients(source, getattr(train, "processor", None), dtype))
+    return digest_of({name: part for name, part in known.items() if name != "options"}), train, validation
 
 
 def parts_of(model: PreTrainedModel) -> list[str]:
