@@ -210,15 +210,15 @@ def replay_deliver(case):
             stage.auxiliary.score.register_forward_hook(
                 lambda module, args, output, stage=index: scores.update({stage: output.sigmoid()})
             )
-    check_segmenter(case, model, False, "output.loss_ohem")
+    check_segmenter(case, model, False, "output.loss_ohem").loss.backward()
+    if case.group("grad.state"):
+        check_gradients(case, model, from_official(known(case)))
     for stage, score in scores.items():
         for index in range(score.shape[1]):
             wanted = case.tensors[f"inter.aux_score.stage{stage}_{index + 1}"]
             case.check(f"inter.aux_score.stage{stage}_{index + 1}", score[:, index].reshape(wanted.shape))
     model = segmenter(case, **gemini_options(case.config))
-    check_segmenter(case, model, False, "output.loss_ce").loss.backward()
-    if case.group("grad.state"):
-        check_gradients(case, model, from_official(known(case)))
+    check_segmenter(case, model, False, "output.loss_ce")
 
 
 KINDS = {
