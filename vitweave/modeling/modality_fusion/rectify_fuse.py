@@ -192,25 +192,43 @@ class RectifyFuseFusion(ModalityFusion):
         """(2, pairs): (0, 1), (0, 2), ..., the lower index first."""
         return torch.triu_indices(self.num_modalities, self.num_modalities, offset=1, device=device)
 
+    def slots(self, device: torch.device) -> Tensor:
+        """Where the two sides of every pair lie in a table (modalities, partners), flat; (2, pairs).
+
+        Each slot is used once: sums over the table and gradients of its entries have one order, on any device.
+        """
+        low, high = self.pairs(device)
+        partners = self.num_modalities - 1
+        return torch.stack([low * partners + high - 1, high * partners + low])
+
+    def paired(self, tokens: Tensor) -> Tensor:
+        """(modalities, batch, tokens, hidden) to (2, pairs, batch, tokens, hidden)."""
+        if self.num_modalities == 2:
+            return tokens[:, None]
+        table = tokens[:, None].expand(-1, self.num_modalities - 1, -1, -1, -1)
+        return table.flatten(0, 1)[self.slots(tokens.device)]
+
+    def summed(self, paired: Tensor) -> Tensor:
+        """What the sides of all pairs bring to the modalities; shapes as in `paired`, the other way."""
+        if self.num_modalities == 2:
+            return paired[:, 0]
+        table = paired.flatten(0, 1)[self.slots(paired.device).flatten().argsort()]
+        return table.unflatten(0, (self.num_modalities, -1)).sum(dim=1)
+
     def rectify(self, tokens: Tensor, present: Tensor | None = None) -> Tensor:
         """(modalities, batch, tokens, hidden) to the same."""
-        pairs = self.pairs(tokens.device)
-        paired = tokens[pairs]  # (2, pairs, batch, tokens, hidden)
+        paired = self.paired(tokens)
         taken = (self.gates(paired) * paired).flip(0)  # each side takes the other's
-        if present is not None:
-            taken = taken.masked_fill(~present[pairs].all(dim=0)[:, :, None, None], 0)
-        if self.num_modalities == 2:
-            return tokens + taken[:, 0]
-        total = torch.zeros_like(tokens).index_add(0, pairs.flatten(), taken.flatten(0, 1).to(tokens.dtype))
         if present is None:
-            return tokens + total / (self.num_modalities - 1)
+            return tokens + self.summed(taken) / (self.num_modalities - 1)
+        taken = taken.masked_fill(~present[self.pairs(present.device)].all(dim=0)[:, :, None, None], 0)
         partners = (present.sum(dim=0) - 1).clamp(min=1)  # (batch,)
-        return tokens + total / partners[:, None, None]
+        return tokens + self.summed(taken) / partners[:, None, None]
 
     def fused(self, tokens: Tensor, grid: tuple[int, int], present: Tensor | None = None) -> Tensor:
         """Rectified (modalities, batch, tokens, hidden) to (batch, tokens, hidden)."""
         pairs = self.pairs(tokens.device)
-        crossed = self.cross_path(tokens[pairs].flatten(1, 2))  # (2, pairs * batch, tokens, hidden)
+        crossed = self.cross_path(self.paired(tokens).flatten(1, 2))  # (2, pairs * batch, tokens, hidden)
         maps = self.channel_embed(tokens_to_map(torch.cat([*crossed], dim=-1), grid))
         fused = maps.flatten(2).transpose(1, 2).unflatten(0, (pairs.shape[1], -1))  # (pairs, batch, tokens, hidden)
         if present is None:
