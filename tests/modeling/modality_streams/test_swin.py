@@ -124,6 +124,7 @@ def test_single_images():
     check_single_images(streams_with(swin(), "gemini"), images(size=(40, 56)))
 
 
+@pytest.mark.slow
 def test_compiled_and_exported():
     check_compiled(streams_with(swin(), "token_exchange"), images())
     check_exported(streams_with(swin(), "gemini"), images(size=(40, 56)), images(batch=3, size=(40, 56), seed=1))

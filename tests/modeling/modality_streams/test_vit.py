@@ -162,11 +162,13 @@ def test_single_images(kind):
     check_single_images(streams_with(STREAMS[kind](), "gemini"), images(size=(24, 40)))
 
 
-@every_stream
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dinov3", "relative", "specialized"])
 def test_compiled_in_one_graph(kind):
     check_compiled(streams_with(STREAMS[kind](), "token_exchange"), images())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dinov2", "dinov3", "specialized"])
 def test_exported(kind):
     check_exported(streams_with(STREAMS[kind](), "gemini"), images(), images(batch=3, seed=1))
