@@ -42,7 +42,7 @@ class ModalityFusionConfig(BackboneConfigMixin, VitweaveConfig):
     """
 
     model_type = "modality_fusion_vision"
-    keys_to_ignore_at_inference = ["hidden_states", "modality_logits", "penalty"]  # of Trainer's predictions
+    keys_to_ignore_at_inference = ["hidden_states", "modality_logits", "modality_reconstructions", "penalty"]
     sub_configs = {"stream_config": AutoConfig}  # the form that works from transformers 5.13 to the newest
 
     modalities: list[str] | tuple[str, ...] = ("rgb", "depth")

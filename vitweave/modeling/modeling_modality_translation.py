@@ -2,10 +2,12 @@
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 from transformers.modeling_outputs import ImageSuperResolutionOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -48,7 +50,8 @@ class ModalityFusionForImageToImage(ModalityFusionPreTrainedModel):
     Where `config.fusion_blocks` is None, the last block of every encoder stage fuses.
 
     The loss is `config.reconstruction_weight` (100) times the sum over the streams and the ensemble of the mean
-    absolute error, plus `config.penalty_weight` times what the fusions ask for. An absent stream has no loss.
+    absolute error, plus `config.penalty_weight` times what the fusions ask for. Where a stream is absent it has no
+    loss.
     """
 
     _no_split_modules = ["MitStage", "TranslationStage"]
@@ -184,3 +187,59 @@ class ModalityDiscriminator(ModalityFusionPreTrainedModel):
         counted = modality_mask.bool()[..., None, None]
         terms = [mean_where(errors[:, index], counted[:, index]) for index in range(logits.shape[1])]
         return sum(terms[1:], start=terms[0])
+
+
+class ModalityAdversarialTranslator(ModalityFusionPreTrainedModel):
+    """A generator and its discriminator as one model with one loss, for the stock Trainer and one optimiser.
+
+    The loss is the generator's (its own plus that its images pass for real) and `discriminator_weight` (half) the
+    discriminator's (that real and drawn images are told apart). Each part gets gradients of its own loss only: the
+    generator is judged by fixed weights, and the discriminator sees fixed images. Both losses are of the same weights,
+    where TokenFusion's code updates one network before the other reads it. With an optimiser that treats every number
+    by itself (Adam), this is two optimisers in step; clip no gradients by their common norm.
+
+    No gradient checkpointing: what runs again in the backward pass would not have the fixed weights.
+    """
+
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["MitStage", "TranslationStage"]
+    discriminator_weight = 0.5
+
+    def __init__(self, config: ModalityFusionConfig):
+        if config.num_streams != config.num_modalities:
+            raise ValueError("expected auxiliary='pairwise': every sensor's own image is judged")
+        super().__init__(config)
+        self.generator = ModalityFusionForImageToImage(config)
+        self.discriminator = ModalityDiscriminator(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor, modality_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs
+    ) -> ModalityTranslationOutput:
+        """As the generator; with labels, the loss of both. Where nothing was measured, the drawn image counts as real.
+
+        While evaluating, the loss is the generator's own.
+        """
+        output = self.generator(pixel_values, modality_mask, labels, return_dict=True)
+        if labels is not None and self.training:
+            drawn = output.modality_reconstructions
+            real = torch.where(labels.isnan()[:, None], drawn.detach(), labels[:, None])
+            judge = partial(self.judge, pixel_values, modality_mask)
+            told = judge(real, True) + judge(drawn.detach(), False)
+            fixed = {name: tensor.detach() for name, tensor in self.discriminator.state_dict().items()}
+            passed = functional_call(self.discriminator, fixed, (pixel_values, drawn, modality_mask), tie_weights=False)
+            passed = self.discriminator.loss(passed, True, modality_mask)
+            output.loss = output.loss + passed + self.discriminator_weight * told
+        return output
+
+    @classmethod
+    def around(cls, generator: ModalityFusionForImageToImage) -> "ModalityAdversarialTranslator":
+        """A generator, not a copy of it, with a new discriminator of its sizes."""
+        both = cls(generator.config).to(device=generator.device, dtype=generator.dtype)
+        both.generator = generator
+        return both
+
+    def judge(self, pixel_values: Tensor, modality_mask: Tensor | None, images: Tensor, real: bool) -> Tensor:
+        """The discriminator's loss on images that are real or not."""
+        return self.discriminator.loss(self.discriminator(pixel_values, images, modality_mask), real, modality_mask)

@@ -133,13 +133,17 @@ class ModalityDataset(Dataset):
         if self.keep is not None:
             images = {key: image if key in self.keep else None for key, image in images.items()}
         try:
-            encoded = self.processor(images, sample.get(self.label_column))
-            item = {key: encoded[key][0] for key in ("pixel_values", "modality_mask", "labels") if key in encoded}
+            item = self.encoded(images, sample)
             if self.augmentation is not None:
                 item = self.augmentation(item, int(self._epoch), int(index))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         return item
+
+    def encoded(self, images: dict, sample: dict) -> dict[str, torch.Tensor]:
+        """One item, before augmentation, from the images that are shown and the sample they belong to."""
+        encoded = self.processor(images, sample.get(self.label_column))
+        return {key: encoded[key][0] for key in ("pixel_values", "modality_mask", "labels") if key in encoded}
 
 
 def predict_modalities(model, processor, **images) -> torch.Tensor:
