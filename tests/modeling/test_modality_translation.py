@@ -202,11 +202,11 @@ def test_each_side_learns_from_its_own_loss(tmp_path):
     judge, output = both.discriminator, generator(images, labels=labels)
     drawn = output.modality_reconstructions
     passed = output.loss + judge.loss(judge(images, drawn), True)
-    wanted = dict(zip(found, torch.autograd.grad(passed, list(generator.parameters()), allow_unused=True)))
+    wanted = dict(zip(found, torch.autograd.grad(passed, list(generator.parameters()), allow_unused=True), strict=False))
     told = judge.loss(judge(images, labels), True) + judge.loss(judge(images, drawn.detach()), False)
-    wanted = {f"generator.{name}": part for name, part in zip(dict(generator.named_parameters()), wanted.values())}
+    wanted = {f"generator.{name}": part for name, part in zip(dict(generator.named_parameters()), wanted.values(), strict=False)}
     parts = torch.autograd.grad(told / 2, list(judge.parameters()))
-    wanted |= {f"discriminator.{name}": part for name, part in zip(dict(judge.named_parameters()), parts)}
+    wanted |= {f"discriminator.{name}": part for name, part in zip(dict(judge.named_parameters()), parts, strict=False)}
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-4, msg=name)
     assert {name.partition(".")[0] for name in found} == {"generator", "discriminator"}

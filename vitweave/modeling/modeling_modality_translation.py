@@ -170,7 +170,7 @@ class ModalityDiscriminator(ModalityFusionPreTrainedModel):
         Returns:
             logits (batch, modalities, height', width'), high for real images, 0 where a sensor is absent.
         """
-        present = check_modalities(pixel_values, modality_mask, self.config)
+        pixel_values, present = check_modalities(pixel_values, modality_mask, self.config)
         if images.ndim == 4:
             images = images[:, None].expand_as(pixel_values)
         maps = self.streams(torch.cat([pixel_values, images], dim=2), present).maps[-1]
