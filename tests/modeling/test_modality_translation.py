@@ -49,10 +49,7 @@ def test_counts_of_fusing_blocks_that_do_not_fit_are_refused(blocks):
 
 @pytest.mark.parametrize("fusion", ["token_exchange", "gemini", "addition"])
 def test_an_absent_sensor_is_not_read(fusion):
-    options = {"fusion_type": fusion}
-    if fusion == "addition":
-        options["fusion_blocks"] = None
-    model = tiny_generator(("rgb", "depth", "event"), **options)
+    model = tiny_generator(("rgb", "depth", "event"), fusion_type=fusion)
     mask = torch.tensor([[True, False, True], [True, True, True]])
     images, labels, found = sensor_images(modalities=3), target_images(), []
     for content in (0.5, -2.0, float("nan")):
@@ -161,7 +158,7 @@ def test_what_cannot_be_built_or_drawn_is_refused():
         ModalityFusionForImageToImage(ModalityFusionConfig(stream_config=SwinConfig()))
     odd = SegformerConfig(hidden_sizes=[34, 32, 64, 64], num_attention_heads=[1, 1, 2, 2])
     with pytest.raises(ValueError, match="cannot be taken back"):
-        ModalityFusionForImageToImage(ModalityFusionConfig(stream_config=odd))
+        ModalityFusionForImageToImage(ModalityFusionConfig(stream_config=odd, fusion_type=None))
     with pytest.raises(ValueError, match="expected labels"):
         tiny_generator()(sensor_images(), labels=target_images(size=(16, 16)))
     with pytest.raises(ValueError, match="auxiliary"):
@@ -189,6 +186,12 @@ def test_discriminator_scores_every_present_sensor():
     torch.testing.assert_close(model.loss(logits, False), wanted)
 
 
+def gradients_of(loss: torch.Tensor, model: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    names, parts = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parts, allow_unused=True)
+    return {f"{prefix}{name}": part for name, part in zip(names, found, strict=True)}
+
+
 def test_each_side_learns_from_its_own_loss(tmp_path):
     """The gradients are those of two separate steps with the other network fixed."""
     generator = tiny_generator()
@@ -202,11 +205,9 @@ def test_each_side_learns_from_its_own_loss(tmp_path):
     judge, output = both.discriminator, generator(images, labels=labels)
     drawn = output.modality_reconstructions
     passed = output.loss + judge.loss(judge(images, drawn), True)
-    wanted = dict(zip(found, torch.autograd.grad(passed, list(generator.parameters()), allow_unused=True), strict=False))
+    wanted = gradients_of(passed, generator, "generator.")
     told = judge.loss(judge(images, labels), True) + judge.loss(judge(images, drawn.detach()), False)
-    wanted = {f"generator.{name}": part for name, part in zip(dict(generator.named_parameters()), wanted.values(), strict=False)}
-    parts = torch.autograd.grad(told / 2, list(judge.parameters()))
-    wanted |= {f"discriminator.{name}": part for name, part in zip(dict(judge.named_parameters()), parts, strict=False)}
+    wanted |= gradients_of(told / 2, judge, "discriminator.")
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-4, msg=name)
     assert {name.partition(".")[0] for name in found} == {"generator", "discriminator"}

@@ -72,7 +72,7 @@ class TranslationDecoder(nn.Module):
             self.stages.append(TranslationStage(config, stage, rates[start : start + stream.depths[stage]]))
         width = stream.hidden_sizes[0]
         self.up = UpStep(width, width, stream.strides[0])
-        self.project = FanOutConv(width, stream.num_channels, kernel_size=1)
+        self.project = nn.Conv2d(width, stream.num_channels, kernel_size=1)  # small at first: tanh has a slope
 
     def forward(self, output: StreamOutput, size: tuple[int, int]) -> Tensor:
         """Images (streams, batch, channels, *size); of an absent stream 0."""

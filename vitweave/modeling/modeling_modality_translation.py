@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.modeling_outputs import ImageSuperResolutionOutput
 from transformers.utils.generic import can_return_tuple
@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 from vitweave.modeling.ensemble import ModalityEnsemble
 from vitweave.modeling.modality_inputs import check_modalities
-from vitweave.modeling.modality_streams.convolutions import FanOutConv
+from vitweave.modeling.modality_streams.block_fusions import acts_on_stages
 from vitweave.modeling.modality_streams.mit import MitStreams
 from vitweave.modeling.modality_translation import TranslationDecoder, mean_where
 from vitweave.modeling.modeling_modality_fusion import ModalityFusionModel, ModalityFusionPreTrainedModel
@@ -58,7 +58,7 @@ class ModalityFusionForImageToImage(ModalityFusionPreTrainedModel):
 
     def __init__(self, config: ModalityFusionConfig):
         require_mit(config, "ModalityFusionForImageToImage")
-        if config.fusion_blocks is None:
+        if config.fusion_blocks is None and not acts_on_stages(config):
             config = copy.deepcopy(config)  # the caller's may serve another model
             config.fusion_blocks = [1] * len(config.stream_config.depths)
         super().__init__(config)
@@ -150,7 +150,7 @@ class ModalityDiscriminator(ModalityFusionPreTrainedModel):
         paired.stream_config.num_channels = 2 * config.num_channels
         paired.fusion_type, paired.auxiliary = None, "pairwise"
         self.streams = MitStreams(paired)
-        self.score = FanOutConv(config.stream_config.hidden_sizes[-1], 1, kernel_size=1)
+        self.score = nn.Conv2d(config.stream_config.hidden_sizes[-1], 1, kernel_size=1)
         self.post_init()
 
     def get_input_embeddings(self):

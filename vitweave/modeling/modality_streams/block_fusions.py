@@ -37,6 +37,13 @@ def plan_fusions(config: ModalityFusionConfig, depths: Sequence[int], hidden_siz
     return plans
 
 
+def acts_on_stages(config: ModalityFusionConfig) -> bool:
+    """Whether the fusion acts at the end of every stage, not in blocks."""
+    if config.fusion_type is None:
+        return False
+    return pick(MODALITY_FUSIONS, config.fusion_type, "fusion_type").position == "stage"
+
+
 def fusing_blocks(config: ModalityFusionConfig, depths: Sequence[int]) -> list[int]:
     """How many of the last blocks of every stage fuse."""
     count, total = config.fusion_blocks, sum(depths)
