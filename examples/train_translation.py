@@ -4,8 +4,8 @@
     python examples/train_translation.py --data nyu/ --modalities rgb --target depth --steps 20000
     python examples/train_translation.py --data scenes/ --modalities shade texture --target rgb --adversarial
 
-A folder holds a folder per modality and one of the target, with files of one name, and `train.txt` and `val.txt` with the
-names of each part.
+A folder holds a folder per modality and one of the target, with files of one name, and `train.txt` and `val.txt`
+with the names of each part.
 """
 
 import json

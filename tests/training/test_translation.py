@@ -55,7 +55,7 @@ def test_targets_are_in_range_and_nan_where_nothing_was_measured():
     torch.testing.assert_close(picture, wanted, atol=1e-5, rtol=0)
     flipped = data(ModalityAugmentation(flip=1.0))[0]
     assert torch.equal(flipped["labels"][:, 1:], item["labels"][:, 1:].flip(-1))
-    with pytest.raises(ValueError, match="scene 0.*to be drawn"):
+    with pytest.raises(ValueError, match=r"scene 0.*to be drawn"):
         data(target="event")[0]
 
 
