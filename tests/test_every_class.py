@@ -33,6 +33,7 @@ from vitweave.modeling.modeling_modality_fusion import (
     ModalityFusionForSemanticSegmentation,
     ModalityFusionModel,
 )
+from vitweave.modeling.modeling_modality_translation import ModalityFusionForImageToImage
 from vitweave.modeling.modeling_multi_encoder import (
     MultiEncoderBackbone,
     MultiEncoderForImageClassification,
@@ -270,7 +271,8 @@ def assert_same(actual: list, expected: list, tolerance: float = 1e-6):
 
 def test_the_table_names_every_class():
     registered = {model for _, models, _ in FAMILIES for model in models.values()}
-    elsewhere = {MultiEncoderVlmForConditionalGeneration, MultiEncoderVlmModel}  # test_multi_encoder_vlm.py
+    # test_multi_encoder_vlm.py and test_modality_translation.py
+    elsewhere = {MultiEncoderVlmForConditionalGeneration, MultiEncoderVlmModel, ModalityFusionForImageToImage}
     assert registered == {subject.model_class for subject in SUBJECTS.values()} | elsewhere
 
 
