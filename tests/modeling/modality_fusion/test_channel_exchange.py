@@ -109,7 +109,6 @@ def test_the_mean_is_over_the_sensors_that_are_present():
 
 @every_count
 def test_images_do_not_see_each_other_and_bfloat16_comes_close(modalities):
-    _streams, _inputs = random_streams(modalities, dtype=torch.float64)
     check_images_do_not_see_each_other(ChannelExchangeFusion(modalities, HIDDEN))
     check_bfloat16(ChannelExchangeFusion(modalities, HIDDEN))
 
