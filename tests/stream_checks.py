@@ -1,7 +1,10 @@
 """What every stream encoder of several modalities keeps, whatever encoder and fusion."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 from vitweave.modeling.modality_streams.base import ModalityStreams
@@ -106,7 +109,7 @@ def check_checkpointing(streams: ModalityStreams, pixels: Tensor):
         for module in streams.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = recompute
-                module._gradient_checkpointing_func = torch.utils.checkpoint.checkpoint
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         streams(pixels).maps[-1].square().sum().backward()
         found.append({name: p.grad for name, p in streams.named_parameters() if p.grad is not None})
     assert any(getattr(module, "gradient_checkpointing", False) for module in streams.modules())

@@ -75,14 +75,17 @@ def test_a_base_model_gives_the_norm_of_its_last_stage(tmp_path):
 
 
 def test_windows_keep_size_and_shift_on_small_maps():
-    """transformers drops the shift where a window holds the whole map; ours stays, and pads what is smaller."""
-    host, streams = host_and_streams(SwinBackbone, swin(depths=[2], num_heads=[2], out_features=["stage1"]))
+    """transformers' model drops the shift where a window holds the whole map; its backbone and ours keep it."""
     pixels = torch.randn(1, 3, 16, 16)  # a map of 4 x 4, one window
+    config = swin(depths=[2], num_heads=[2], out_features=["stage1"])
     with torch.no_grad():
+        backbone, streams = host_and_streams(SwinBackbone, config)
         ours = streams(pixels[:, None].expand(-1, 2, -1, -1, -1)).maps[0][0]
-        assert not torch.allclose(ours, host(pixels).feature_maps[0], atol=1e-3)
+        torch.testing.assert_close(ours, backbone(pixels).feature_maps[0], atol=3e-6, rtol=1e-5)
+        model, streams = host_and_streams(SwinModel, config)
+        ours = streams(pixels[:, None].expand(-1, 2, -1, -1, -1)).tokens[0]
+        assert not torch.allclose(ours, model(pixels).last_hidden_state, atol=1e-3)
     assert streams(images(size=(12, 8))).maps[0].shape == (2, 2, 32, 3, 2)
-    assert [block.shift for block in streams.stages[0].blocks] == [0, 2]
 
 
 def test_tables_of_another_window_are_resampled():

@@ -18,14 +18,14 @@ from vitweave.modeling.modality_streams.block_fusions import BlockFusion, StageP
 from vitweave.modeling.modality_streams.convolutions import FanOutConv
 from vitweave.modeling.modality_streams.fusing_stage import FusingStage, FusionRecord
 from vitweave.modeling.modality_streams.loading import fill_streams
-from vitweave.modeling.modality_streams.present import split_modalities
+from vitweave.modeling.modality_streams.present import one_batch, split_modalities
 from vitweave.modeling.specialized_layers import eager_attention
 from vitweave.modeling.tokens import DropPath, tokens_to_map
 
 
 def on_maps(layer: Callable, streams: Tensor, grid: tuple[int, int]) -> Tensor:
     """Run a convolution on tokens: (modalities, batch, tokens, hidden) -> (modalities, batch, tokens', hidden')."""
-    maps = layer(tokens_to_map(streams.flatten(0, 1), grid))
+    maps = layer(tokens_to_map(one_batch(streams), grid))
     return maps.flatten(2).transpose(1, 2).unflatten(0, streams.shape[:2])
 
 
@@ -42,7 +42,7 @@ class MitPatchEmbeddings(nn.Module):
 
     def forward(self, maps: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """(modalities, batch, channels, height, width) to tokens (modalities, batch, tokens, hidden) and their grid."""
-        patches = self.proj(maps.flatten(0, 1))
+        patches = self.proj(one_batch(maps))
         tokens = patches.flatten(2).transpose(1, 2).unflatten(0, maps.shape[:2])
         return self.layer_norm(tokens), (patches.shape[2], patches.shape[3])
 
@@ -78,7 +78,7 @@ class MitAttention(nn.Module):
 
     def to_heads(self, projected: Tensor) -> Tensor:
         """(modalities, batch, tokens, hidden) -> (modalities * batch, heads, tokens, head size)."""
-        return projected.flatten(0, 1).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return one_batch(projected).unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def forward(self, streams: Tensor, grid: tuple[int, int], fuse: BlockFusion) -> Tensor:
         reduced = streams if self.sequence_reduction is None else self.sequence_reduction(streams, grid)
@@ -140,7 +140,7 @@ class MitLayer(GradientCheckpointingLayer):
 
     def add_branch(self, streams: Tensor, branch: Tensor) -> Tensor:
         """The residual sum; every sample of every modality is dropped on its own."""
-        return streams + self.drop_path(branch.flatten(0, 1)).unflatten(0, branch.shape[:2])
+        return streams + self.drop_path(one_batch(branch)).unflatten(0, branch.shape[:2])
 
     def forward(
         self, streams: Tensor, grid: tuple[int, int], present: Tensor | None, shared: ModalityFusion | None

@@ -41,3 +41,9 @@ def keep_some(present: Tensor, rate: float) -> Tensor:
     draws = torch.rand(present.shape, device=present.device).masked_fill(~present, -1)
     spared = torch.zeros_like(present).scatter(1, draws.argmax(dim=1, keepdim=True), True)
     return ((draws >= rate) | spared) & present
+
+
+def one_batch(streams: Tensor) -> Tensor:
+    """(modalities, batch, ...) to (modalities * batch, ...), for layers that know no axis of modalities."""
+    # torch.export cannot show of the view that it is contiguous for every size of the batch
+    return torch.cat(streams.unbind()) if torch.compiler.is_exporting() else streams.flatten(0, 1)

@@ -22,7 +22,7 @@ from vitweave.modeling.modality_streams.base import ModalityStreams, StreamOutpu
 from vitweave.modeling.modality_streams.block_fusions import BlockFusion, StagePlan, new_fusion, plan_fusions
 from vitweave.modeling.modality_streams.fusing_stage import FusingStage, FusionRecord
 from vitweave.modeling.modality_streams.loading import fill_streams
-from vitweave.modeling.modality_streams.present import split_modalities
+from vitweave.modeling.modality_streams.present import one_batch, split_modalities
 from vitweave.modeling.modality_streams.windows import (
     WindowPositionBias,
     from_windows,
@@ -77,7 +77,7 @@ class SwinStreamEmbeddings(nn.Module):
         Images whose sides the patch does not divide get zeros to the right and below.
         """
         below, right = (-side % patch for side, patch in zip(images.shape[3:], self.patch_size, strict=True))
-        patches = self.projection(F.pad(images.flatten(0, 1), (0, right, 0, below)))
+        patches = self.projection(F.pad(one_batch(images), (0, right, 0, below)))
         grid = patches.shape[2], patches.shape[3]
         tokens = self.norm(patches.flatten(2).transpose(1, 2).unflatten(0, images.shape[:2]))
         if self.position_embeddings is not None:
@@ -160,7 +160,7 @@ class SwinStreamLayer(GradientCheckpointingLayer):
 
     def attend(self, streams: Tensor, grid: tuple[int, int], places: Tensor, mask: Tensor) -> Tensor:
         """Window attention of normed streams: padded, shifted, and back."""
-        maps = pad_to_windows(streams.flatten(0, 1).unflatten(1, grid), self.window_size)
+        maps = pad_to_windows(one_batch(streams).unflatten(1, grid), self.window_size)
         if self.shift:
             maps = maps.roll((-self.shift, -self.shift), dims=(1, 2))
         maps = self.attention(maps, places, mask if self.shift else None)
@@ -170,7 +170,7 @@ class SwinStreamLayer(GradientCheckpointingLayer):
 
     def add_branch(self, streams: Tensor, branch: Tensor) -> Tensor:
         """The residual sum; every sample of every modality is dropped on its own."""
-        return streams + self.drop_path(self.dropout(branch).flatten(0, 1)).unflatten(0, branch.shape[:2])
+        return streams + self.drop_path(one_batch(self.dropout(branch))).unflatten(0, branch.shape[:2])
 
     def forward(
         self,
@@ -203,7 +203,7 @@ class SwinStreamMerging(nn.Module):
 
     def forward(self, streams: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """(modalities, batch, tokens, hidden) to (modalities, batch, tokens / 4, 2 * hidden) and their grid."""
-        maps = pad_to_windows(streams.flatten(0, 1).unflatten(1, grid), 2)
+        maps = pad_to_windows(one_batch(streams).unflatten(1, grid), 2)
         corners = [maps[:, row::2, column::2] for column in range(2) for row in range(2)]
         merged = self.reduction(self.norm(torch.cat(corners, dim=-1)))
         return merged.flatten(1, 2).unflatten(0, streams.shape[:2]), (merged.shape[1], merged.shape[2])
@@ -268,8 +268,8 @@ class SwinStreams(ModalityStreams):
     and cropped; one of position "stage" before the norm of the stage. Fusions of position "norm" want a norm per
     modality in the blocks, and are refused.
 
-    Windows keep their size and shift on maps no larger than themselves, which are padded; transformers' Swin drops the
-    shift there, so on small maps the same weights give other features.
+    Windows keep their size and shift on maps no larger than themselves, which are padded. transformers' `SwinModel`
+    drops the shift there (its `SwinBackbone` keeps it), so on small maps the same weights give other features.
 
     Parameters are named as in transformers' Swin, with "stages" for "encoder.layers".
     """

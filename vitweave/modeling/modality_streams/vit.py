@@ -4,6 +4,7 @@ import copy
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -15,7 +16,7 @@ from vitweave.modeling.modality_streams.base import ModalityStreams, StreamOutpu
 from vitweave.modeling.modality_streams.block_fusions import BlockFusion, StagePlan, new_fusion, plan_fusions
 from vitweave.modeling.modality_streams.fusing_stage import FusingStage, FusionRecord
 from vitweave.modeling.modality_streams.loading import fill_streams
-from vitweave.modeling.modality_streams.present import split_modalities
+from vitweave.modeling.modality_streams.present import one_batch, split_modalities
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel, SpecializedViTTrunk
 from vitweave.modeling.own_models import build_model
 from vitweave.modeling.specialized_layers import SpecializedViTLayer, add_bias
@@ -50,7 +51,9 @@ class FlatModalityNorm(ModalityNorm):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(modalities * batch, tokens, hidden)."""
-        return super().forward(tokens.unflatten(0, (self.weight.shape[0], -1))).flatten(0, 1)
+        batch = tokens.shape[0] // self.weight.shape[0]
+        weight, bias = (rows.repeat_interleave(batch, dim=0).unsqueeze(1) for rows in (self.weight, self.bias))
+        return torch.addcmul(bias, F.layer_norm(tokens, tokens.shape[-1:], eps=self.eps), weight)
 
 
 class VitStreamLayer(SpecializedViTLayer):
@@ -98,10 +101,10 @@ class VitStreamLayer(SpecializedViTLayer):
         """
         inputs = BlockInputs(streams, grid, present, num_prefix_tokens=self.vit.num_prefix_tokens)
         hook = BlockFusion(shared if self.fusion is None else self.fusion, inputs)
-        sizes, tokens, n = streams.shape[:2], streams.flatten(0, 1), self.num_cls_rows
+        sizes, tokens, n = streams.shape[:2], one_batch(streams), self.num_cls_rows
 
         def fuse(position: str, flat: Tensor, **facts) -> Tensor:
-            return hook(position, flat.unflatten(0, sizes), **facts).flatten(0, 1)
+            return one_batch(hook(position, flat.unflatten(0, sizes), **facts))
 
         if self.relative_position_bias is not None:
             bias = add_bias(bias, self.relative_position_bias(grid).to(tokens.dtype))
@@ -132,7 +135,7 @@ class VitStage(FusingStage):
         """(streams, batch, tokens, hidden) to what the next stage reads and what this one returns, both the same."""
         streams = self.run_blocks(streams, grid, present, record, *inputs)
         streams = self.fuse_maps(streams, grid, present, record, self.vit.num_prefix_tokens)
-        normed = by_role(self, "layernorm", self.vit.num_cls_rows, streams.flatten(0, 1))
+        normed = by_role(self, "layernorm", self.vit.num_cls_rows, one_batch(streams))
         return streams, normed.unflatten(0, streams.shape[:2])
 
 
@@ -198,7 +201,7 @@ class VitStreams(ModalityStreams):
 
     def embed(self, images: Tensor, present: Tensor | None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
         """Images (modalities, batch, channels, height, width) to streams, their grid, and which of them are there."""
-        tokens, grid = self.embeddings(images.flatten(0, 1))
+        tokens, grid = self.embeddings(one_batch(images))
         streams = tokens.unflatten(0, images.shape[:2])
         if self.pre_layernorm is not None:
             streams = self.pre_layernorm(streams)
