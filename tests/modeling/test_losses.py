@@ -43,6 +43,13 @@ def naive_ohem(probabilities, truth, weights):
     return naive_cross_entropy(probabilities[order], truth[order], weights)
 
 
+def naive_ohem_threshold(probabilities, truth, weights):
+    own = [p[t] for p, t in zip(probabilities, truth, strict=True)]
+    keep = max(sum(p < 0.7 for p in own), len(own) // 16)
+    order = sorted(range(len(own)), key=lambda i: own[i])[:keep]
+    return naive_cross_entropy(probabilities[order], truth[order], weights)
+
+
 def naive_dice(probabilities, truth, weights):
     total = 0.0
     for label in np.unique(truth):
@@ -52,7 +59,13 @@ def naive_dice(probabilities, truth, weights):
     return total / sum(weights[label] for label in np.unique(truth))
 
 
-NAIVE = {"cross_entropy": naive_cross_entropy, "focal": naive_focal, "ohem": naive_ohem, "dice": naive_dice}
+NAIVE = {
+    "cross_entropy": naive_cross_entropy,
+    "focal": naive_focal,
+    "ohem": naive_ohem,
+    "ohem_threshold": naive_ohem_threshold,
+    "dice": naive_dice,
+}
 OPTIONS = {"ohem": {"min_kept": 2}}
 
 

@@ -18,8 +18,12 @@ from vitweave.training.parameter_groups import find_encoder
 
 CODE = tuple(Path(__file__).parents[1] / part for part in ("configuration", "modeling", "processing"))
 DISTRIBUTIONS = ("torch", "transformers", "numpy", "pillow", "torchvision", "timm", "datasets")
-# where a model was loaded from and what it was called change no feature; transformers' version is an entry of its own
-NO_FACTS = ("_name_or_path", "name_or_path", "architectures", "transformers_version", "training", "warnings_issued")
+# where a model was loaded from and what it was called change no feature; transformers' version is an entry of its own,
+# and the type of the weights, which saving writes into a config, is told by the weights
+NO_FACTS = (
+    *("_name_or_path", "name_or_path", "architectures", "transformers_version", "training", "warnings_issued"),
+    *("dtype", "torch_dtype"),
+)
 MOST_ENTRIES = 64  # longer lists are data, which the sample keys cover, not options
 UNVERSIONED = ("torch", "builtins")  # foreign classes whose files need not be read: their version says it
 
