@@ -10,7 +10,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoImageProcessor, ViTConfig, ViTImageProcessorPil
+from transformers import ViTConfig, ViTImageProcessorPil
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # top-level, 5.13 wants torchvision
 
 from vitweave.modeling.vision_encoder import VisionEncoder
 from vitweave.training.attentive_probes import train_attentive_probe

@@ -10,7 +10,8 @@ same command and `--resume`, and ends with the same weights.
 import argparse
 from pathlib import Path
 
-from transformers import AutoImageProcessor, ViTImageProcessorPil, set_seed
+from transformers import ViTImageProcessorPil, set_seed
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # top-level, 5.13 wants torchvision
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification

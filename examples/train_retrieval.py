@@ -11,7 +11,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoModel, AutoTokenizer, HfArgumentParser, set_seed
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # top-level, 5.13 wants torchvision
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.layer_fusion.registry import LAYER_FUSIONS

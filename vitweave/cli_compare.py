@@ -52,7 +52,7 @@ def load_encoder(name: str):
 
 def figure_processor(name: str, encoder, size: int | None):
     """Whole figures on a canvas of the encoder's size, normalised as the encoder's own processor does it."""
-    from transformers import AutoImageProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor  # top-level, 5.13 wants torchvision
 
     from vitweave.processing.image_processing_pil_figure import FigureImageProcessorPil
 

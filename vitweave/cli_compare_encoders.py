@@ -51,7 +51,7 @@ def tower_fields(names: list[str], sizes: list[int]) -> tuple[dict, object]:
 
     The image has the size of the encoder that sees most pixels and the first one's normalisation.
     """
-    from transformers import AutoImageProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor  # top-level, 5.13 wants torchvision
 
     processors, side = [AutoImageProcessor.from_pretrained(name) for name in names], max(sizes)
     mean, std = list(processors[0].image_mean), list(processors[0].image_std)

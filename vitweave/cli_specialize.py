@@ -68,7 +68,7 @@ def run_specialize(args: argparse.Namespace) -> None:
 
 def copy_processor(source: str, folder: Path) -> bool:
     """Write the image processor of `source` into `folder`, if it has one."""
-    from transformers import AutoImageProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor  # top-level, 5.13 wants torchvision
     from transformers.utils import cached_file
 
     try:

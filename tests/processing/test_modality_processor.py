@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # top-level, 5.13 wants torchvision
 
 from vitweave.processing.image_processing_pil_modality import ModalityImageProcessorPil
 from vitweave.processing.sensor_encodings import IMAGENET_MEAN, IMAGENET_STD

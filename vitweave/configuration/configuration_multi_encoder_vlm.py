@@ -37,6 +37,7 @@ class MultiEncoderVlmConfig(VitweaveConfig):
     """
 
     model_type = "multi_encoder_vlm"
+    keys_to_ignore_at_inference = ["past_key_values", "hidden_states", "attentions", "image_hidden_states"]
     sub_configs = {
         "vision_config": AutoConfig,
         "text_config": AutoConfig,
