@@ -26,12 +26,17 @@ def bilinear(feature_map: Tensor, grid: Grid) -> Tensor:
     return interpolate(feature_map, grid, align_corners=False)
 
 
-def interpolate(feature_map: Tensor, grid: Grid, align_corners: bool) -> Tensor:
-    """Bilinear in float32 at least; the map itself where it has that grid."""
+def bicubic_antialias(feature_map: Tensor, grid: Grid) -> Tensor:
+    """(batch, channels, height, width) to another grid, bicubic with antialias and align_corners=False."""
+    return interpolate(feature_map, grid, align_corners=False, mode="bicubic", antialias=True)
+
+
+def interpolate(feature_map: Tensor, grid: Grid, mode: str = "bilinear", **options: bool) -> Tensor:
+    """Resized in float32 at least; the map itself where it has that grid."""
     if tuple(feature_map.shape[-2:]) == tuple(grid):
         return feature_map
     precise = feature_map.to(torch.promote_types(feature_map.dtype, torch.float32))
-    resized = F.interpolate(precise, size=tuple(grid), mode="bilinear", align_corners=align_corners)
+    resized = F.interpolate(precise, size=tuple(grid), mode=mode, **options)
     return resized.to(feature_map.dtype)
 
 

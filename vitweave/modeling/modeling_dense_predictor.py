@@ -15,7 +15,7 @@ from vitweave.modeling.class_tokens import as_asked, class_token_request, class_
 from vitweave.modeling.heads.registry import DEPTH_HEADS, SEGMENTATION_HEADS, build_segmentation_head
 from vitweave.modeling.losses import SegmentationLoss
 from vitweave.modeling.own_models import build_backbone
-from vitweave.modeling.pretrained import VitweavePreTrainedModel
+from vitweave.modeling.pretrained import VitweavePreTrainedModel, keep_weights
 from vitweave.modeling.vit_embeddings import check_pixel_values
 
 EncoderOutputs = dict[str, tuple[Tensor, ...]]
@@ -42,8 +42,7 @@ class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
                 "expected a backbone that returns maps, got reshape_hidden_states=False in its config; set it to True"
             )
         self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
-        if config.freeze_backbone:
-            self.freeze_backbone()
+        self.freeze()
 
     @classmethod
     def from_backbone(
@@ -80,33 +79,19 @@ class DensePredictorPreTrainedModel(VitweavePreTrainedModel):
             **{name: value for name, value in labels.items() if value is not None},
             **{name: value for name, value in options.items() if name in config_fields},
         )
-        for module in backbone.modules():
-            module._is_hf_initialized = True  # otherwise modules without the mark, e.g. new adapters, are drawn anew
+        keep_weights(backbone)
         model = cls(config, backbone)
         for part in (model.head, model.criterion):
             part.to(device=backbone.device, dtype=backbone.dtype)
         return model
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.config.freeze_backbone:
-            model.freeze_backbone()  # loading makes every parameter trainable again
-        return loaded
+    def frozen_parts(self) -> list[nn.Module]:
+        return [self.vision_encoder] if self.config.freeze_backbone else []
 
     def freeze_backbone(self) -> None:
-        """Keep the encoder as it is: no gradients, no dropout, no updates of running statistics."""
+        """Keep the encoder as it is, from now on and after loading."""
         self.config.freeze_backbone = True
-        self.vision_encoder.requires_grad_(False)
-        self.vision_encoder.eval()
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        # adapters put into a frozen encoder make it trainable, and with that train mode (their dropout) is wanted
-        if self.config.freeze_backbone and not any(weight.requires_grad for weight in self.vision_encoder.parameters()):
-            self.vision_encoder.eval()
-        return self
+        self.freeze()
 
     @property
     def vision_encoder(self) -> nn.Module:

@@ -22,7 +22,7 @@ from vitweave.modeling.image_text_embeddings import (
     gathered,
 )
 from vitweave.modeling.own_models import build_model
-from vitweave.modeling.pretrained import VitweavePreTrainedModel
+from vitweave.modeling.pretrained import VitweavePreTrainedModel, keep_weights
 from vitweave.modeling.text_encoder import (
     build_text_model,
     check_text_model,
@@ -109,8 +109,7 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
         parts = {"vision_config": vision_model.config, "text_config": text_model.config}
         implementations = {name: part._attn_implementation for name, part in parts.items()}
         config = ImageTextRetrieverConfig(**parts, attn_implementation=implementations, **options)
-        for module in (*vision_model.modules(), *text_model.modules()):
-            module._is_hf_initialized = True  # otherwise modules without the mark, e.g. new adapters, are drawn anew
+        keep_weights(vision_model, text_model)
         model = cls(config, vision_model, text_model)
         given = {id(tensor) for part in (vision_model, text_model) for tensor in part.parameters()}
         for parameter in model.parameters():
@@ -118,30 +117,11 @@ class ImageTextRetrieverModel(VitweavePreTrainedModel):
                 parameter.data = parameter.data.to(device=vision_model.device, dtype=vision_model.dtype)
         return model
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()  # loading makes every parameter trainable again
-        return loaded
-
     def frozen_parts(self) -> list[nn.Module]:
         """What the config says to keep as it is."""
         chosen = (self.config.freeze_vision_encoder, self.config.freeze_text_model)
         frozen = zip(chosen, (self.vision_encoder, self.text_model), strict=True)
         return [part for chosen, part in frozen if chosen]
-
-    def freeze(self) -> None:
-        """Take the frozen parts out of training."""
-        for part in self.frozen_parts():
-            part.requires_grad_(False)
-            part.eval()
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        for part in self.frozen_parts():
-            if not any(weight.requires_grad for weight in part.parameters()):  # adapters in it may train
-                part.eval()
-        return self
 
     def set_start_values(self) -> None:
         """Scales and biases of the logits."""

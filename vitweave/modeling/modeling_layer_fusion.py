@@ -13,7 +13,7 @@ from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.modeling.encoded_images import EncodedImages, decode_layers, encode_features, read_layers
 from vitweave.modeling.layer_fusion.base import FusedTokens, LayerTokens
 from vitweave.modeling.layer_fusion.registry import build_layer_fusion
-from vitweave.modeling.pretrained import VitweavePreTrainedModel
+from vitweave.modeling.pretrained import VitweavePreTrainedModel, keep_weights
 from vitweave.modeling.tokens import tokens_to_map
 from vitweave.modeling.vision_encoder import VisionEncoder, VisionFeatures, find_vision_model
 
@@ -60,8 +60,7 @@ class LayerFusionTrunk(LayerFusionPreTrainedModel):
         encoder = find_vision_model(encoder)
         implementation = encoder.config._attn_implementation
         config = LayerFusionConfig(encoder_config=encoder.config, attn_implementation=implementation, **options)
-        for module in encoder.modules():
-            module._is_hf_initialized = True  # otherwise modules without the mark, e.g. new adapters, are drawn anew
+        keep_weights(encoder)
         model = cls(config, encoder)
         model.fusion.to(device=encoder.device, dtype=encoder.dtype)
         return model

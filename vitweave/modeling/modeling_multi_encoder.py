@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
@@ -15,34 +14,30 @@ from vitweave.configuration.encoder_options import EncoderOptions, size_for
 from vitweave.configuration.reductions import as_pair
 from vitweave.modeling.encoder_fusion.base import EncoderMaps
 from vitweave.modeling.encoder_fusion.registry import build_encoder_fusion
-from vitweave.modeling.grid_matching import bilinear, pixel_unshuffle_a, pixel_unshuffle_b
+from vitweave.modeling.grid_matching import (
+    bicubic_antialias,
+    bilinear,
+    bilinear_ac,
+    pixel_unshuffle_a,
+    pixel_unshuffle_b,
+)
 from vitweave.modeling.image_views import views_of
-from vitweave.modeling.pretrained import VitweavePreTrainedModel
+from vitweave.modeling.pretrained import VitweavePreTrainedModel, keep_weights
 from vitweave.modeling.tokens import tokens_to_map
 from vitweave.modeling.vision_encoder import VisionEncoder, find_vision_model
 from vitweave.modeling.vit_embeddings import check_pixel_values
 
 EncodedByAll = dict[str, tuple[Tensor, ...]]
 UNSHUFFLE = {"a": pixel_unshuffle_a, "b": pixel_unshuffle_b}
-RESIZE = {
-    "bilinear": {"mode": "bilinear", "align_corners": False},
-    "bilinear_ac": {"mode": "bilinear", "align_corners": True},
-    "bicubic_antialias": {"mode": "bicubic", "align_corners": False, "antialias": True},
-}
+RESIZE = {"bilinear": bilinear, "bilinear_ac": bilinear_ac, "bicubic_antialias": bicubic_antialias}
 
 
 class MultiEncoderPreTrainedModel(VitweavePreTrainedModel):
-    """Loading, initialisation and freezing shared by the multi-encoder classes."""
+    """Building from encoders and freezing them, shared by the multi-encoder classes."""
 
     config: MultiEncoderConfig
     config_class = MultiEncoderConfig
     base_model_prefix = "multi_encoder"
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()  # loading makes every parameter trainable again
-        return loaded
 
     @classmethod
     def from_encoders(cls, encoders: Sequence[PreTrainedModel], **options) -> "MultiEncoderPreTrainedModel":
@@ -60,9 +55,7 @@ class MultiEncoderPreTrainedModel(VitweavePreTrainedModel):
         config = MultiEncoderConfig(
             encoder_configs=[encoder.config for encoder in encoders], attn_implementation=implementations, **options
         )
-        for encoder in encoders:
-            for module in encoder.modules():
-                module._is_hf_initialized = True  # otherwise modules without the mark, e.g. adapters, are drawn anew
+        keep_weights(*encoders)
         model = cls(config, encoders)
         trunk = getattr(model, cls.base_model_prefix, model)
         for part in (trunk.fusion, *model.children()):
@@ -75,19 +68,6 @@ class MultiEncoderPreTrainedModel(VitweavePreTrainedModel):
         trunk = getattr(self, self.base_model_prefix, self)
         pairs = zip(trunk.encoders, self.config.options, strict=True)
         return [encoder for encoder, options in pairs if options.frozen]
-
-    def freeze(self) -> None:
-        """Take the frozen encoders out of training."""
-        for part in self.frozen_parts():
-            part.requires_grad_(False)
-            part.eval()
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        for part in self.frozen_parts():
-            if not any(weight.requires_grad for weight in part.parameters()):  # adapters in it may train
-                part.eval()
-        return self
 
 
 class MultiEncoderTrunk(MultiEncoderPreTrainedModel):
@@ -221,9 +201,7 @@ class MultiEncoderTrunk(MultiEncoderPreTrainedModel):
         if options.image_size is None:
             return pixel_values
         size = size_for(options, as_pair(self.config.image_size), tuple(pixel_values.shape[-2:]))
-        if tuple(pixel_values.shape[-2:]) == size:
-            return pixel_values
-        return F.interpolate(pixel_values.float(), size=size, **RESIZE[options.resize]).to(pixel_values.dtype)
+        return RESIZE[options.resize](pixel_values, size)
 
     def renormalised(self, pixel_values: Tensor, options: EncoderOptions) -> Tensor:
         """The pixels as this encoder wants them."""

@@ -15,6 +15,7 @@ from vitweave.modeling.image_generation import ImageGenerationMixin
 from vitweave.modeling.modeling_multi_encoder import EncodedByAll
 from vitweave.modeling.multi_encoder_vlm_base import MultiEncoderVlmPreTrainedModel
 from vitweave.modeling.own_models import build_model
+from vitweave.modeling.pretrained import keep_weights
 from vitweave.modeling.projectors import build_projector
 from vitweave.modeling.visible_tokens import ImageNewline, shown_tokens
 
@@ -257,8 +258,7 @@ class MultiEncoderVlmForConditionalGeneration(MultiEncoderVlmPreTrainedModel, Im
             },
             **options,
         )
-        for module in (*vision_tower.modules(), *language_model.modules()):
-            module._is_hf_initialized = True  # otherwise modules without the mark, e.g. new adapters, are drawn anew
+        keep_weights(vision_tower, language_model)
         model = cls(config, vision_tower, text, head)
         for part in (model.model.multi_modal_projector, model.model.image_newline):
             if part is not None:

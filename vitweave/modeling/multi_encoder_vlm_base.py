@@ -1,4 +1,4 @@
-"""What the vision-language model and its head share: loading, freezing, and what the feature cache needs."""
+"""What the vision-language model and its head share: freezing, and what the feature cache needs."""
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -9,7 +9,7 @@ from vitweave.modeling.pretrained import VitweavePreTrainedModel
 
 
 class MultiEncoderVlmPreTrainedModel(VitweavePreTrainedModel):
-    """Loading, freezing, and what the feature cache needs, shared by the vision-language classes."""
+    """Freezing, and what the feature cache needs, shared by the vision-language classes."""
 
     config: MultiEncoderVlmConfig
     config_class = MultiEncoderVlmConfig
@@ -17,12 +17,6 @@ class MultiEncoderVlmPreTrainedModel(VitweavePreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     _skip_keys_device_placement = ["past_key_values"]
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()  # loading makes every parameter trainable again
-        return loaded
 
     @property
     def core(self) -> PreTrainedModel:

@@ -27,6 +27,7 @@ class VitweavePreTrainedModel(PreTrainedModel):
           `_init_weights`;
         - a head computes its own loss. One that divides by `num_items_in_batch` sets `accepts_loss_kwargs = True`, and
           one that wants a loss of transformers sets `self.loss_type` after `super().__init__`;
+        - a model of which the config freezes parts names them in `frozen_parts()`, and calls `freeze()` when built;
         - `built_by` names the class method that builds it from another family's checkpoint.
     """
 
@@ -135,6 +136,26 @@ class VitweavePreTrainedModel(PreTrainedModel):
         for _, buffer in self._own_buffers():
             buffer.fill_(unset_value(buffer))
 
+    # Freezing --------------------------------------------------------------------------------------------------------
+
+    def frozen_parts(self) -> list[nn.Module]:
+        """What the config says to keep as it is."""
+        return []
+
+    def freeze(self) -> None:
+        """Keep the frozen parts as they are: no gradients, no dropout, no updates of running statistics."""
+        for part in self.frozen_parts():
+            part.requires_grad_(False)
+            part.eval()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for part in self.frozen_parts():
+            # adapters put into a frozen part make it trainable, and with that train mode (their dropout) is wanted
+            if not any(weight.requires_grad for weight in part.parameters()):
+                part.eval()
+        return self
+
     # Loading ---------------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -158,6 +179,7 @@ class VitweavePreTrainedModel(PreTrainedModel):
         missing = model.__dict__.pop("_missing_in_checkpoint", ())
         if model is loaded and source is not None:
             model._check_base_model_is_loaded(source, missing)
+        model.freeze()  # loading makes every parameter trainable again
         return loaded
 
     @classmethod
@@ -262,6 +284,16 @@ class VitweavePreTrainedModel(PreTrainedModel):
         from vitweave.hub.export import push_to_hub_with_code  # stays out of the published code
 
         return push_to_hub_with_code(self, repo_id, **kwargs)
+
+
+def keep_weights(*models: nn.Module) -> None:
+    """Before loaded models become parts of a new one: what is drawn there leaves all their modules alone.
+
+    Modules without the mark, e.g. adapters put in after loading, would be drawn anew.
+    """
+    for model in models:
+        for module in model.modules():
+            module._is_hf_initialized = True
 
 
 def unset_value(buffer: Tensor) -> float | int | bool:

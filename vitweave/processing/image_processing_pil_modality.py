@@ -10,6 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
 from vitweave.processing.depth_maps import resize_depth_bilinear
 from vitweave.processing.label_maps import read_label_map, resize_nearest
+from vitweave.processing.post_processing import semantic_maps
 from vitweave.processing.sensor_encodings import encode, part_outside, read_sensor, read_values, warn_of_range
 
 RESAMPLES = ("nearest", "bilinear")
@@ -163,8 +164,8 @@ class ModalityImageProcessorPil(BaseImageProcessor):
                     resize_nearest(measured.astype(np.uint8), size) > 0,
                 )
             else:  # 0 stands for nothing measured there
-                shifted = np.where(measured, values[0] - values[0].min() + 1, 0).astype(np.float32)
                 low = values[0].min()
+                shifted = np.where(measured, values[0] - low + 1, 0).astype(np.float32)
                 resized = resize_depth_bilinear(shifted, size)
                 measured = resized > 0
                 values = np.where(measured, resized - 1 + low, 0)[None]
@@ -179,11 +180,7 @@ class ModalityImageProcessorPil(BaseImageProcessor):
             raise ValueError(f"expected a target size per sample, {logits.shape[0]}, got {len(target_sizes)}")
         if self.size is not None:
             logits = logits[..., : self.size["height"], : self.size["width"]]
-        if target_sizes is None:
-            return list(logits.argmax(dim=1))
-        pairs = zip(logits[:, None], target_sizes, strict=True)
-        resized = (F.interpolate(one, size=tuple(size), mode="bilinear", align_corners=False) for one, size in pairs)
-        return [one[0].argmax(dim=0) for one in resized]
+        return semantic_maps(logits, [None] * logits.shape[0] if target_sizes is None else target_sizes)
 
 
 __all__ = ["ModalityImageProcessorPil"]

@@ -106,7 +106,7 @@ class ImageClassificationDataset(PairedDataset):
         """The picture of this epoch, (channels, height, width)."""
         options = {}
         if self.augmentation is not None:
-            image = self.augmentation(image, int(self._epoch), index)
+            image = self.augmentation(image, self.epoch, index)
             steps = ("do_resize", "do_center_crop")
             options = {step: False for step in steps if getattr(self.processor, step, None) is not None}
         elif isinstance(image, PIL.Image.Image):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
+from vitweave.training.epochs import EpochDataset
 from vitweave.training.modes import evaluating
 from vitweave.training.paired_data import open_picture
 
@@ -97,7 +97,7 @@ class ModalityAugmentation:
         return {**sample, **spatial}
 
 
-class ModalityDataset(Dataset):
+class ModalityDataset(EpochDataset):
     """`{"pixel_values": (modalities, 3, height, width), "modality_mask": (modalities,), "labels": (height, width)}`.
 
     Args:
@@ -116,12 +116,7 @@ class ModalityDataset(Dataset):
             raise ValueError(f"expected keep among {list(processor.modalities)}, got {strange}")
         self.samples, self.processor, self.augmentation = samples, processor, augmentation
         self.keep, self.label_column = keep, label_column
-        # shared memory, so that persistent data loader workers see the new epoch too
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the augmentation of this epoch, in this process and in data loader workers that already run."""
-        self._epoch.fill_(epoch)
+        super().__init__()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -135,7 +130,7 @@ class ModalityDataset(Dataset):
         try:
             item = self.encoded(images, sample)
             if self.augmentation is not None:
-                item = self.augmentation(item, int(self._epoch), int(index))
+                item = self.augmentation(item, self.epoch, int(index))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         return item

@@ -7,7 +7,8 @@ from typing import Any
 import PIL.Image
 import torch
 from PIL import ImageOps
-from torch.utils.data import Dataset
+
+from vitweave.training.epochs import EpochDataset
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -76,7 +77,7 @@ class PairedFolder(Sequence):
         return self.pairs[index]
 
 
-class PairedDataset(Dataset):
+class PairedDataset(EpochDataset):
     """`{"pixel_values": (channels, height, width), "labels": (height, width)}` per sample.
 
     A subclass says which folders it reads (`folder_samples`) and how a pair becomes tensors (`process`).
@@ -91,8 +92,7 @@ class PairedDataset(Dataset):
         missing = [name for name in (image_column, label_column) if name not in known]
         if missing:
             raise ValueError(f"there is no column {missing}; known: {known}; set image_column and label_column")
-        # shared memory, so that persistent data loader workers see the new epoch too
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        super().__init__()
 
     @classmethod
     def from_folder(cls, folder: str | Path, processor, augmentation=None, names=None, **kwargs):
@@ -105,10 +105,6 @@ class PairedDataset(Dataset):
         from datasets import load_dataset  # only here: importing the recipe must not import datasets
 
         return cls(load_dataset(name, split=split), processor, augmentation, **kwargs)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the augmentation of this epoch, in this process and in data loader workers that already run."""
-        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -126,7 +122,7 @@ class PairedDataset(Dataset):
         """The pair in this epoch, and the processor's options: what was cropped to a size is not resized again."""
         if self.augmentation is None:
             return image, own_map, {}
-        image, own_map = self.augmentation(image, own_map, int(self._epoch), index)
+        image, own_map = self.augmentation(image, own_map, self.epoch, index)
         return image, own_map, {"do_resize": self.augmentation.crop_size is None and self.processor.do_resize}
 
     def process(self, image, own_map, index: int) -> dict[str, torch.Tensor]:

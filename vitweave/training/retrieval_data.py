@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from vitweave.processing.sentences import split_sentences
+from vitweave.training.epochs import EpochDataset
 from vitweave.training.retrieval_records import name_of, open_records
 
 # text column -> the column with its sentences; a record without it has its text split by the processor's rule
@@ -70,7 +71,7 @@ class ImagesOf(Dataset):
         return self.dataset.encode_image(index)
 
 
-class RetrievalDataset(Dataset):
+class RetrievalDataset(EpochDataset):
     """`pixel_values`, `patch_mask`, `input_ids`, `attention_mask`, `sentence_ids`, `caption_ids` per record.
 
     Args:
@@ -104,8 +105,7 @@ class RetrievalDataset(Dataset):
         if not self.text_columns:
             raise ValueError("expected at least one text column, got none")
         self._check_texts()
-        # shared memory, so that persistent data loader workers see the new epoch too
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        super().__init__()
 
     @classmethod
     def from_source(
@@ -165,7 +165,7 @@ class RetrievalDataset(Dataset):
         texts = self.texts(index)
         if not self.draw:
             return texts[0]
-        return texts[int(np.random.default_rng([self.seed, int(self._epoch), index]).integers(len(texts)))]
+        return texts[int(np.random.default_rng([self.seed, self.epoch, index]).integers(len(texts)))]
 
     def corpus(self) -> list[str]:
         """All texts, to train a tokenizer on."""
@@ -182,10 +182,6 @@ class RetrievalDataset(Dataset):
     def picture(self, index: int):
         """The image of a record."""
         return self.records[index][self.image_column]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the texts of this epoch, in this process and in data loader workers that already run."""
-        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
+from vitweave.training.epochs import EpochDataset
 from vitweave.training.vlm_records import VlmRecords
 from vitweave.training.vlm_text import IGNORED, PROMPT, ConversationEncoder, caption_messages
 
 IMAGE_FIELDS = ("pixel_values", "num_tiles", "image_sizes")
 
 
-class VlmDataset(Dataset):
+class VlmDataset(EpochDataset):
     """`input_ids` and `labels` (tokens,) per record, and of its images `pixel_values` (tiles, channels, height, width),
     `num_tiles` (images,) and `image_sizes` (images, 2).
 
@@ -44,8 +44,7 @@ class VlmDataset(Dataset):
         if not self.prompts:
             raise ValueError('expected a prompt, got none; "" asks nothing')
         self.encode_conversation = ConversationEncoder(processor, max_length)
-        # shared memory, so that persistent data loader workers see the new epoch too
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        super().__init__()
 
     @classmethod
     def from_source(
@@ -54,14 +53,6 @@ class VlmDataset(Dataset):
         """From a jsonl file, a folder with one, or a `datasets` id (`VlmRecords.open`); `options` are of the class."""
         reading = {"on_missing": on_missing}
         return cls(VlmRecords.open(source, split, **reading), processor, **options)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the texts of this epoch, in this process and in data loader workers that already run."""
-        self._epoch.fill_(epoch)
-
-    @property
-    def epoch(self) -> int:
-        return int(self._epoch)
 
     def messages(self, index: int) -> list[dict]:
         """The conversation of a record in this epoch."""

@@ -79,3 +79,23 @@ class ModalityNorm(nn.Module):
         shape = (self.weight.shape[0], *(1,) * (streams.ndim - 2), streams.shape[-1])
         normed = torch.nn.functional.layer_norm(streams, streams.shape[-1:], eps=self.eps)
         return normed * self.weight.view(shape) + self.bias.view(shape)
+
+
+def others(streams: Tensor) -> Tensor:
+    """For each modality all others, the next one first: (modalities, ...) to (modalities, others, ...), new memory."""
+    each = streams.unsqueeze(1)
+    found = [each.roll(-step, dims=0) for step in range(1, streams.shape[0])]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def hide_absent(streams: Tensor, present: Tensor | None) -> Tensor:
+    """Streams (modalities, batch, tokens, hidden) with zeros where a sensor is absent."""
+    return streams if present is None else streams.masked_fill(~present[:, :, None, None], 0)
+
+
+def keep_unfused(fused: Tensor, streams: Tensor, present: Tensor | None) -> Tensor:
+    """`fused` where a stream and at least one other are present, the stream as it was elsewhere."""
+    if present is None:
+        return fused
+    changed = present & others(present).any(dim=1)  # (modalities, batch)
+    return torch.where(changed[:, :, None, None], fused, streams)

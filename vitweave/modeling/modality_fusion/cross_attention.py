@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitweave.modeling.modality_fusion.base import BlockInputs
-from vitweave.modeling.modality_fusion.base_attention import AttentionUnits, hide_absent, keep_unfused, others
+from vitweave.modeling.modality_fusion.base import BlockInputs, hide_absent, keep_unfused, others
+from vitweave.modeling.modality_fusion.base_attention import AttentionUnits
 
 
 class CrossAttentionFusion(AttentionUnits):

@@ -4,14 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from vitweave.modeling.modality_fusion.base import BlockInputs, ModalityFusion
-
-
-def without_absent(streams: Tensor, present: Tensor | None) -> Tensor:
-    """Streams (modalities, batch, tokens, hidden) with zeros where a sensor is absent, whatever stood there."""
-    if present is None:
-        return streams
-    return streams.masked_fill(~present[:, :, None, None], 0)
+from vitweave.modeling.modality_fusion.base import BlockInputs, ModalityFusion, hide_absent, keep_unfused
 
 
 class AdditionFusion(ModalityFusion):
@@ -20,12 +13,12 @@ class AdditionFusion(ModalityFusion):
     position = "stage"
 
     def forward(self, streams: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor | None]:
-        there = without_absent(streams, inputs.present)
+        there = hide_absent(streams, inputs.present)
         if inputs.present is None:
             return there.mean(dim=0, keepdim=True).expand_as(there), None
         count = inputs.present.sum(dim=0).clamp(min=1)[None, :, None, None]
         mean = (there.sum(dim=0, keepdim=True) / count).to(there.dtype).expand_as(there)
-        return torch.where(inputs.present[:, :, None, None], mean, streams), None
+        return keep_unfused(mean, streams, inputs.present), None
 
 
 class ConcatenationFusion(ModalityFusion):
@@ -50,9 +43,6 @@ class ConcatenationFusion(ModalityFusion):
         init.zeros_(self.bias)
 
     def forward(self, streams: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor | None]:
-        joined = without_absent(streams, inputs.present).movedim(0, -2).flatten(-2)  # (batch, tokens, M * hidden)
+        joined = hide_absent(streams, inputs.present).movedim(0, -2).flatten(-2)  # (batch, tokens, M * hidden)
         fused = torch.einsum("btc,mhc->mbth", joined, self.weight) + self.bias[:, None, None]
-        if inputs.present is not None:
-            alone = inputs.present.sum(dim=0) < 2
-            fused = torch.where(alone[None, :, None, None], streams, fused)
-        return fused, None
+        return keep_unfused(fused, streams, inputs.present), None
