@@ -3,9 +3,9 @@
     python benchmarks/encoder_fusions.py [--rounds 5] [--only NAME] [--tiny]
 
 Widths and token counts are those of the presets, one image. Three ways to run each: forward without gradients, forward
-and backward with frozen encoders (gradients of the fusion's weights only), and with trained ones (of the maps, too).
-"memory" is the peak of what is allocated beside the maps and weights. On the GPU where there is one, else one thread.
-`--tiny` is a trial run that keeps no results.
+and backward with frozen encoders (gradients of the fusion's weights only, where it has some), and with trained ones (of
+the maps, too). "memory" is the peak of what is allocated beside the maps and weights. On the GPU where there is one,
+else one thread. `--tiny` is a trial run that keeps no results.
 """
 
 import argparse
@@ -129,6 +129,24 @@ def plain_layer(layer: nn.Module, query: Tensor, context: Tensor, windows: list[
     return query + layer.proj_out(layer.norm(x + attention.o_proj(found)))
 
 
+# Channel concatenation -----------------------------------------------------------------------------------------------
+
+
+def concat_case(side: int, sides: tuple[int, ...], channels: tuple[int, ...]) -> Case:
+    """Maps of `sides` on the grid of `side`, the first one a ViT's."""
+    grids = [(each, each) for each in sides]
+    fusion = build_encoder_fusion("channel_concat", list(channels), grids, options={"grid": side}).to(DEVICE)
+    maps = [vit_map(channels[0], grids[0])]
+    maps += [random(1, width, *grid) for width, grid in zip(channels[1:], grids[1:], strict=True)]
+
+    def plain(*maps: Tensor) -> Tensor:
+        """Every map resized, then one map of all channels as tokens."""
+        resized = [F.interpolate(part, size=(side, side), mode="bilinear", align_corners=True) for part in maps]
+        return map_to_tokens(torch.cat(resized, dim=1)).contiguous()
+
+    return Case(fusion, lambda *maps: fusion(EncoderMaps(list(maps))), plain, maps)
+
+
 # name -> function that builds the case, its arguments at the preset's size, and those of a trial run
 CASES: dict[str, tuple[Callable[..., Case], tuple, tuple]] = {
     "patch_info_mining mgm": (mining_case, (24, 8, 1024, 2880), (4, 2, 32, 48)),
@@ -139,6 +157,11 @@ CASES: dict[str, tuple[Callable[..., Case], tuple, tuple]] = {
         aggregator_case,
         (24, 96, (1152, 1024, 1536, 5760), 1024),  # Cambrian-1 8B
         (4, 16, (32, 32, 48, 64), 32),
+    ),
+    "channel_concat eagle-x5": (
+        concat_case,
+        (32, (24, 32, 32, 64, 45), (1024, 3072, 1024, 1024, 1536)),
+        (4, (4, 4, 8), (32, 48, 32)),
     ),
 }
 
@@ -181,11 +204,11 @@ def ways_to_run(case: Case) -> dict[str, dict[str, Callable[[], None]]]:
     """Way -> ours and plain."""
     forms = {"ours": case.ours, "plain": case.plain}
     trained = [part.clone().requires_grad_() for part in case.maps]
-    return {
-        "forward": {form: forward_only(function, case.maps) for form, function in forms.items()},
-        "+ backward, frozen": {form: with_backward(f, case.module, case.maps) for form, f in forms.items()},
-        "+ backward, trained": {form: with_backward(f, case.module, trained) for form, f in forms.items()},
-    }
+    ways = {"forward": {form: forward_only(function, case.maps) for form, function in forms.items()}}
+    if any(True for _ in case.module.parameters()):
+        ways["+ backward, frozen"] = {form: with_backward(f, case.module, case.maps) for form, f in forms.items()}
+    ways["+ backward, trained"] = {form: with_backward(f, case.module, trained) for form, f in forms.items()}
+    return ways
 
 
 def measure(name: str, case: Case, rounds: int) -> list[dict]:

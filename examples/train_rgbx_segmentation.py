@@ -5,7 +5,8 @@
         --depth_scale 0.001 --modality_dropout 0.3
 
 A folder holds `rgb/`, `depth/` and `label/` with files of one name, `train.txt` and `val.txt` with the names of each
-part, and `meta.json` with id2label. At the end the model is evaluated on every subset of the sensors.
+part, and `meta.json` with id2label. At the end the model is evaluated, and one that was trained with
+`--modality_dropout` on every subset of the sensors.
 """
 
 import itertools
@@ -41,6 +42,8 @@ class Arguments:
     fusion_options: str = field(default="{}", metadata={"help": "JSON"})
     modality_dropout: float = field(default=0.0, metadata={"help": "probability that a sensor is left out"})
     size: list[int] = field(default_factory=lambda: [192, 256], metadata={"help": "height and width in pixels"})
+    crop: list[int] = field(default_factory=list, metadata={"help": "train on crops of this height and width"})
+    bf16: bool = field(default=False, metadata={"help": "train in bfloat16 where that is safe"})
     steps: int = 1000
     eval_every: int = 200
     batch_size: int = 8
@@ -91,7 +94,8 @@ def main() -> dict[str, float]:
         samples = ModalityFolder(folder, args.modalities, names=Path(folder, f"{name}.txt"))
         return ModalityDataset(samples, processor, augmentation)
 
-    train, val = part(args.data, "train", ModalityAugmentation(seed=args.seed)), part(args.data, "val")
+    augmentation = ModalityAugmentation(crop_size=tuple(args.crop) or None, seed=args.seed)
+    train, val = part(args.data, "train", augmentation), part(args.data, "val")
     id2label = read_id2label(args.data)
 
     # 2. One encoder for all sensors, with a norm for each, and the fusion in its blocks
@@ -110,14 +114,15 @@ def main() -> dict[str, float]:
         stream = SegformerConfig(**small) if args.tiny else SegformerConfig()
         model = ModalityFusionForSemanticSegmentation(ModalityFusionConfig(stream_config=stream, **options))
 
-    # 3. Train, keep the best checkpoint by mean IoU, and look at every subset of the sensors
+    # 3. Train, keep the best checkpoint by mean IoU, and report
     arguments = {"max_steps": args.steps, "save_strategy": "steps", "save_steps": args.eval_every, "seed": args.seed}
-    arguments |= {"learning_rate": args.lr, "per_device_train_batch_size": args.batch_size}
+    arguments |= {"learning_rate": args.lr, "per_device_train_batch_size": args.batch_size, "bf16": args.bf16}
     metrics = train_segmentation(
         model, train, val, processor, args.out, args.resume, args.encoder_lr_scale, **arguments
     )
     report = part(args.test, "test") if args.test else val
-    subsets = [kept for n in range(1, len(sensors) + 1) for kept in itertools.combinations(sensors, n)]
+    sizes = range(1 if args.modality_dropout > 0 else len(sensors), len(sensors) + 1)
+    subsets = [kept for n in sizes for kept in itertools.combinations(sensors, n)]
     for kept in subsets:
         metrics[f"mean_iou_{'+'.join(kept)}"] = evaluate_modalities(model, report, kept)["mean_iou"]
     print(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from vitweave.training.checkpoints import RestoreWeights, last_complete_checkpoint, list_checkpoints, restore_weights
@@ -47,6 +48,7 @@ def run_arguments(
         "report_to": "none",
         "remove_unused_columns": False,
         "label_names": ["labels"],
+        "use_cpu": not torch.accelerator.is_available(),  # otherwise bf16 is refused on a CPU
     }
     if best_metric is not None:
         defaults |= {
