@@ -17,7 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import torch
 from transformers import HfArgumentParser, SegformerConfig, set_seed
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # top-level, 5.13 wants torchvision
 
 from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 from vitweave.modeling.modality_fusion.registry import MODALITY_FUSIONS
@@ -26,7 +28,7 @@ from vitweave.processing.image_processing_pil_modality import ModalityImageProce
 from vitweave.training.modality_data import ModalityAugmentation, ModalityDataset, ModalityFolder
 from vitweave.training.modality_evaluation import evaluate_modalities
 from vitweave.training.segmentation import train_segmentation
-from vitweave.training.segmentation_data import read_id2label
+from vitweave.training.segmentation_data import balanced_class_weights, read_id2label
 
 
 @dataclass
@@ -38,9 +40,11 @@ class Arguments:
     depth_offset: float = 0.0
     max_depth: float = field(default=10.0, metadata={"help": "metres that become 1"})
     encoder: str = field(default="", metadata={"help": "a ViT, SegFormer or Swin (folder or id); empty: MiT-B0 anew"})
+    start: str = field(default="", metadata={"help": "a model trained here, which gets the fusion instead of its own"})
     fusion: str = field(default="gemini", metadata={"help": "or none", "choices": ["none", *MODALITY_FUSIONS]})
     fusion_options: str = field(default="{}", metadata={"help": "JSON"})
     modality_dropout: float = field(default=0.0, metadata={"help": "probability that a sensor is left out"})
+    balance: float = field(default=0.0, metadata={"help": "classes weigh as their pixels to the power of minus this"})
     size: list[int] = field(default_factory=lambda: [192, 256], metadata={"help": "height and width in pixels"})
     crop: list[int] = field(default_factory=list, metadata={"help": "train on crops of this height and width"})
     bf16: bool = field(default=False, metadata={"help": "train in bfloat16 where that is safe"})
@@ -87,7 +91,11 @@ def main() -> dict[str, float]:
     # 1. Sensors by name, each in its unit; one geometry for all
     depth = {"encoding": "metres", "scale": args.depth_scale, "offset": args.depth_offset, "invalid": 0}
     known = {"rgb": {"encoding": "rgb"}, "depth": depth | {"value_range": [0.0, args.max_depth]}}
-    sensors = {name: known.get(name, {"encoding": "picture"}) for name in args.modalities}
+    look = {}
+    if args.encoder:  # every sensor in the range in which the encoder has learnt to see
+        pictures = AutoImageProcessor.from_pretrained(args.encoder)
+        look = {"mean": pictures.image_mean, "std": pictures.image_std}
+    sensors = {name: known.get(name, {"encoding": "picture"}) | look for name in args.modalities}
     processor = ModalityImageProcessorPil(sensors, size={"height": args.size[0], "width": args.size[1]})
 
     def part(folder: str, name: str, augmentation=None) -> ModalityDataset:
@@ -107,7 +115,14 @@ def main() -> dict[str, float]:
         "id2label": id2label,
         "label2id": {name: index for index, name in id2label.items()},
     }
-    if args.encoder:
+    if args.balance:
+        label_maps = (train.samples[index]["label"] for index in range(len(train)))
+        options["class_weights"] = balanced_class_weights(label_maps, len(id2label), args.balance)
+    if args.start:
+        started = ModalityFusionForSemanticSegmentation.from_pretrained(args.start)
+        changes = {name: options[name] for name in ("fusion_options", "modality_dropout")}
+        model = started.with_fusion(options["fusion_type"], **changes)
+    elif args.encoder:
         model = ModalityFusionForSemanticSegmentation.from_encoder(args.encoder, **options)
     else:
         small = {"hidden_sizes": [16, 32, 40, 64], "depths": [1] * 4, "num_attention_heads": [1, 2, 4, 8]}
@@ -124,7 +139,8 @@ def main() -> dict[str, float]:
     sizes = range(1 if args.modality_dropout > 0 else len(sensors), len(sensors) + 1)
     subsets = [kept for n in sizes for kept in itertools.combinations(sensors, n)]
     for kept in subsets:
-        metrics[f"mean_iou_{'+'.join(kept)}"] = evaluate_modalities(model, report, kept)["mean_iou"]
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+            metrics[f"mean_iou_{'+'.join(kept)}"] = evaluate_modalities(model, report, kept)["mean_iou"]
     print(
         {
             name: round(value, 4)

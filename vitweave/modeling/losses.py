@@ -43,11 +43,16 @@ class CrossEntropyLoss(PixelLoss):
     """Weighted mean of the negative log-likelihood over the valid pixels."""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.class_weights is None:  # fused: with a frozen encoder's cached features the loss is most of a step
-            labels = labels.long()
-            total = F.cross_entropy(at_least_float32(logits), labels, ignore_index=self.ignore_index, reduction="sum")
-            return total / (labels != self.ignore_index).sum().clamp_min(1)
-        return weighted_mean(*self.pixel_costs(logits, labels))
+        # fused: with a frozen encoder's cached features the loss is most of a step
+        labels, logits = labels.long(), at_least_float32(logits)
+        valid = labels != self.ignore_index
+        if self.class_weights is None:
+            total = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
+            return total / valid.sum().clamp_min(1)
+        weights = self.weights_of_classes(logits)
+        total = F.cross_entropy(logits, labels, weights, ignore_index=self.ignore_index, reduction="sum")
+        of_pixels = weights[labels.masked_fill(~valid, 0)].masked_fill(~valid, 0)
+        return total / of_pixels.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 class FocalLoss(PixelLoss):

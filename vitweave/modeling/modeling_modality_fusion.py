@@ -16,6 +16,7 @@ from vitweave.configuration.configuration_modality_fusion import ModalityFusionC
 from vitweave.modeling.ensemble import ModalityEnsemble
 from vitweave.modeling.heads.registry import build_segmentation_head
 from vitweave.modeling.losses import SegmentationLoss
+from vitweave.modeling.modality_fusion.base import ModalityFusion
 from vitweave.modeling.modality_inputs import check_modalities
 from vitweave.modeling.modality_streams.base import StreamOutput
 from vitweave.modeling.modality_streams.present import keep_some, mean_over_present
@@ -77,6 +78,34 @@ class ModalityFusionPreTrainedModel(VitweavePreTrainedModel):
         model = cls(ModalityFusionConfig(stream_config=copy.deepcopy(encoder.config), **options))
         getattr(model, cls.base_model_prefix, model).streams.load_encoder(encoder)
         return model.to(device=encoder.device, dtype=encoder.dtype)
+
+    def with_fusion(self, fusion_type: str | None, **options) -> "ModalityFusionPreTrainedModel":
+        """A copy of this model with another fusion, which is new; all other weights are this model's.
+
+        Args:
+            fusion_type: as in `ModalityFusionConfig`; None for streams that do not meet.
+            options: other fields of the config: `fusion_options`, `fusion_blocks`, `modality_dropout`, ...
+        """
+        changes = {"fusion_type": fusion_type, "fusion_options": {}, **options}
+        changes |= {"attn_implementation": self.config._attn_implementation}
+        model = type(self)(self.config_class(**self.config.to_dict() | changes))
+        kept = {name: tensor for name, tensor in self.state_dict().items() if name not in names_of_fusions(self)}
+        new = model.state_dict()
+        apart = sorted(name for name in kept.keys() ^ (new.keys() - names_of_fusions(model)))
+        apart += sorted(name for name in kept.keys() & new.keys() if kept[name].shape != new[name].shape)
+        if apart:
+            raise ValueError(
+                f"expected options that change the fusion alone, but with {options} weights differ: {apart[:5]}; set"
+                " them when a model is built by from_encoder"
+            )
+        model.load_state_dict(new | kept)
+        return model.to(device=self.device, dtype=self.dtype)
+
+
+def names_of_fusions(model: nn.Module) -> set[str]:
+    """What the state of a model holds of its modality fusions."""
+    fusions = [(name, part) for name, part in model.named_modules() if isinstance(part, ModalityFusion)]
+    return {f"{name}.{key}" for name, part in fusions for key in part.state_dict()}
 
 
 class ModalityFusionTrunk(ModalityFusionPreTrainedModel):
@@ -286,11 +315,11 @@ class ModalityFusionForSemanticSegmentation(ModalityFusionPreTrainedModel):
     def loss(self, logits: Tensor, labels: Tensor, present: Tensor | None, penalty: Tensor | None) -> Tensor:
         """The sum over all logits (streams, then the ensemble, batch, labels, height, width), and the penalty."""
         terms = []
-        for index in range(logits.shape[0]):
+        for index, scores in enumerate(logits.unbind()):  # indexing would have zeros of the whole made for each
             seen = labels
             if present is not None and index < present.shape[0]:
                 seen = labels.masked_fill(~present[index, :, None, None], self.config.semantic_loss_ignore_index)
-            terms.append(self.criterion(logits[index], seen))
+            terms.append(self.criterion(scores, seen))
         if penalty is not None:
             terms.append(self.config.penalty_weight * penalty)
         return sum(terms[1:], start=terms[0])

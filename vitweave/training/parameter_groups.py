@@ -3,7 +3,7 @@
 from torch import nn
 
 from vitweave.modeling.layer_fusion.base import LayerFusion
-from vitweave.modeling.modality_fusion.base import ModalityNorm
+from vitweave.modeling.modality_fusion.base import ModalityFusion, ModalityNorm
 
 # vectors that stand for tokens and positions; decaying them pulls them to zero for no reason
 UNDECAYED = ("cls_token", "mask_token", "position_embeddings", "register_tokens", "relative_position_bias_table")
@@ -43,11 +43,12 @@ def parameter_groups(
 ) -> list:
     """Groups for a torch optimiser: decayed or not, encoder (learning rate times `encoder_lr_scale`) or head.
 
-    Layer fusions belong to the head, wherever they are, and learn `fusion_lr_scale` times as fast: what they add starts
-    at zero, beside the encoder's own output. Tables of embeddings and norms per modality are not decayed.
+    Fusions of layers and of modalities belong to the head, wherever they are, and learn `fusion_lr_scale` times as
+    fast: what they add starts at zero, beside the encoder's own output. Tables of embeddings and norms per modality are
+    not decayed.
     """
     encoder = set() if encoder_lr_scale == 1.0 else {id(parameter) for parameter in find_encoder(model).parameters()}
-    fused = parameters_of(model, LayerFusion)
+    fused = parameters_of(model, (LayerFusion, ModalityFusion))
     tables = parameters_of(model, (nn.Embedding, ModalityNorm))
     groups: dict[tuple, list] = {}
     for name, parameter in model.named_parameters():

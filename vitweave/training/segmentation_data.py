@@ -1,9 +1,10 @@
 """Images with class maps, from folders or from `datasets`, as the Trainer wants them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from vitweave.training.paired_data import PairedDataset, PairedFolder, collate_pairs
@@ -21,6 +22,28 @@ def read_id2label(folder: str | Path) -> dict[int, str] | None:
     if not path.is_file():
         return None
     return {int(index): name for index, name in json.loads(path.read_text())["id2label"].items()}
+
+
+def balanced_class_weights(
+    label_maps: Iterable, num_labels: int, power: float = 0.5, ignore_index: int = 255
+) -> list[float]:
+    """Weights that let rare classes count: pixels of a class to the power `-power`, 1 for the average labelled pixel.
+
+    Args:
+        label_maps: class maps, pictures or arrays (height, width), of the training split.
+        power: 0 weighs all pixels alike, 1 all classes. A class without pixels gets the weight of the rarest.
+    """
+    counts = np.zeros(num_labels, dtype=np.int64)
+    for label_map in label_maps:
+        labels = np.asarray(label_map)
+        labels = labels[labels != ignore_index]
+        if labels.size and (labels.min() < 0 or labels.max() >= num_labels):
+            raise ValueError(f"expected class ids below {num_labels}, got {int(labels.max())}; set num_labels to match")
+        counts += np.bincount(labels, minlength=num_labels)
+    if not counts.any():
+        raise ValueError("expected label maps with labelled pixels, got none")
+    weights = counts.clip(counts[counts > 0].min()).astype(np.float64) ** -power
+    return (weights / (weights * counts).sum() * counts.sum()).tolist()
 
 
 class SegmentationDataset(PairedDataset):
