@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved, peak_allocated, ratio, row, write_results
+from timing import interleaved, keep_memory, peak_allocated, ratio, row, write_results
 from torch import Tensor, nn
 
 from vitweave.modeling.encoder_fusion.base import EncoderMaps
@@ -236,6 +236,7 @@ def main():
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(1)
     rows = []
     for name, (build, sizes, tiny_sizes) in CASES.items():

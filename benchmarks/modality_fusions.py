@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved, ratio, row, write_results
+from timing import interleaved, keep_memory, ratio, row, write_results
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -195,6 +195,7 @@ def main():
     parser.add_argument("--only", default="", help="cases whose name contains this: gemini 64, cross_attention, ...")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(1)
     rounds, rows = 1 if args.tiny else args.rounds, []
     for hidden_size, grid in (TINY_STAGES if args.tiny else STAGES).items():

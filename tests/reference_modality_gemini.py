@@ -3,7 +3,7 @@
 import torch
 
 from vitweave.modeling.conversion.gemini_units import from_official_units
-from vitweave.modeling.modality_fusion.base import BlockInputs
+from vitweave.modeling.modality_fusion.base import BlockInputs, others
 from vitweave.modeling.modality_fusion.cross_attention import CrossAttentionFusion
 from vitweave.modeling.modality_fusion.gemini import GeminiFusion
 from vitweave.modeling.modality_fusion.point_image_fusion import PointImageFusion, project_points
@@ -67,7 +67,7 @@ def replay_core(case):
     fusion = GeminiFusion(2, case.config["dim"], num_heads=case.config["n_heads"]).to(case.dtype)
     fusion.load_state_dict(from_official_units(case.group("state")))
     streams = pair(case, "input", "x").requires_grad_()
-    relation = fusion.relation(streams)
+    relation = fusion.relation(streams, others(streams))
     check_pair(case, "inter.relation", relation[:, 0])
     share = fusion.other_shares(streams, relation, None)[:, 0].mean(dim=-1)
     check_pair(case, "inter.attn_head_mean", torch.stack([1 - share, share], dim=-1))
@@ -94,7 +94,7 @@ def replay_eq6(case):
     own, other = state["phi.fc1.weight"].chunk(2, dim=1)
     fusion.load_state_dict(ours | {"relation.own_proj.weight": own, "relation.other_proj.weight": other})
     streams = pair(case, "input", "x")
-    check_pair(case, "inter.relation", fusion.relation(streams)[:, 0])
+    check_pair(case, "inter.relation", fusion.relation(streams, others(streams))[:, 0])
     check_pair(case, "output.y", fusion(streams, inputs_of(streams))[0])
 
 

@@ -24,17 +24,16 @@ class ModalityLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_modalities, out_features, in_features))
         self.register_parameter("bias", nn.Parameter(torch.empty(num_modalities, out_features)) if bias else None)
 
-    def forward(self, streams: Tensor, shift: Tensor | None = None, with_bias: bool = True) -> Tensor:
+    def forward(self, streams: Tensor, shift: Tensor | None = None) -> Tensor:
         """`(x + shift) W^T + b`.
 
         Args:
             streams: (modalities, ..., in).
             shift: (num_modalities, in) or None.
-            with_bias: False leaves the bias out.
         """
         to_out = self.weight.mT  # (num_modalities, in, out)
         rows = streams.reshape(self.weight.shape[0], -1, streams.shape[-1])
-        offset = self.bias.unsqueeze(1) if with_bias and self.bias is not None else None
+        offset = None if self.bias is None else self.bias.unsqueeze(1)
         if shift is not None:  # behind the product it is a single row
             row = torch.bmm(shift.unsqueeze(1), to_out)
             offset = row if offset is None else offset + row

@@ -67,12 +67,15 @@ class GeminiFusion(AttentionUnits):
 
     def forward(self, streams: Tensor, inputs: BlockInputs) -> tuple[Tensor, None]:
         known = hide_absent(streams, inputs.present)
-        shares = self.other_shares(known, self.relation(known), inputs.present).unsqueeze(-1)
+        neighbours = others(known)  # (modalities, others, batch, tokens, hidden)
+        shares = self.other_shares(known, self.relation(known, neighbours), inputs.present).unsqueeze(-1)
         own = self.by_head(self.to_value(known, shift=self.value_noise))  # (modalities, batch, tokens, heads, width)
-        offers = self.value_differences(known)  # (modalities, others, batch, tokens, heads, width)
-        # sums are written into tensors made here: on large maps new memory costs as much as the products
-        taken = shares[:, 0] * offers[:, 0] if self.num_modalities == 2 else (shares * offers).sum(dim=1)
-        fused = known + self.output(taken.add_(own).flatten(-2))
+        offers = self.by_head(self.to_value(neighbours))  # (modalities, others, batch, tokens, heads, width)
+        if self.num_modalities == 2:  # in one pass: on large maps memory costs as much as the products
+            mixed = torch.lerp(own, offers[:, 0], shares[:, 0])
+        else:
+            mixed = own * (1 - shares.sum(dim=1)) + (shares * offers).sum(dim=1)
+        fused = known + self.output(mixed.flatten(-2))
         return keep_unfused(fused, streams, inputs.present), None
 
     def other_shares(self, streams: Tensor, relation: Tensor, present: Tensor | None) -> Tensor:
@@ -87,16 +90,11 @@ class GeminiFusion(AttentionUnits):
             return scores.sigmoid()
         return torch.cat([torch.zeros_like(scores[:, :1]), scores], dim=1).softmax(dim=1)[:, 1:]
 
-    def value_differences(self, streams: Tensor) -> Tensor:
-        """Values of the others less the own noisy one, by head."""
-        differences = others(streams).sub_(streams.unsqueeze(1))
-        return self.by_head(self.to_value(differences, shift=-self.value_noise, with_bias=False))
-
 
 class Relation(nn.Module):
     """How two tokens of one place are related: a softmax over channels of a two-layer MLP of both.
 
-    The layer over [own, other] is stored in two halves, so that each token is projected once for all of its pairs.
+    The layer over [own, other] is stored in two halves, so that the own token is projected once for all of its pairs.
     """
 
     def __init__(self, hidden_size: int):
@@ -112,7 +110,11 @@ class Relation(nn.Module):
             if layer.bias is not None:
                 init.zeros_(layer.bias)
 
-    def forward(self, streams: Tensor) -> Tensor:
-        """(modalities, ..., hidden) to (modalities, others, ..., hidden), positive, summing to 1."""
-        hidden = others(self.other_proj(streams)).add_(self.own_proj(streams).unsqueeze(1))
+    def forward(self, streams: Tensor, neighbours: Tensor) -> Tensor:
+        """Streams (modalities, ..., hidden) and, of each, the others (modalities, others, ..., hidden).
+
+        Returns:
+            (modalities, others, ..., hidden), positive, summing to 1.
+        """
+        hidden = self.other_proj(neighbours).add_(self.own_proj(streams).unsqueeze(1))
         return self.gate_proj(F.gelu(hidden)).softmax(dim=-1)
