@@ -26,13 +26,17 @@ class ModalityFusionConfig(BackboneConfigMixin, VitweaveConfig):
         auxiliary: of more than two modalities: "pairwise" keeps every stream, "max" merges all but the first at the
             start of every stage (GeminiFusion on DeLiVER).
         stage_layers: of a ViT, the blocks that end a stage; None is the ends of its four quarters.
+        shared_weights: False gives every modality of a MiT an encoder of its own (CMX), not only norms.
         layer_norm_eps: of the norms per modality.
+        conv_norm_eps: of those behind a MiT's strided convolutions, which embed patches and reduce keys and values;
+            None is `layer_norm_eps` (GeminiFusion, TokenFusion), NVIDIA's SegFormer and CMX have 1e-5.
         drop_path_rate: of the last block, rising from 0.
         modality_dropout: probability in training that a modality of an image is left out; at least one stays.
         penalty_weight: of what the fusion asks to be added to the loss.
         reconstruction_weight: of the mean absolute error in the loss of an image-to-image model.
         decoder_hidden_size, decoder_dropout: of the MLP decoder over the stages.
         decoder_frozen_norm: the decoder's batch norm keeps its statistics, mean 0 and variance 1 at the start.
+        decoder_options: further arguments of `MlpHead`.
         ensemble: how the logits of the modalities are averaged: by "trained" weights, or their "mean".
         merge: of a backbone, how the maps of the streams become one: "mean", or "concat" along the channels.
         losses: name of a loss -> its weight in the sum, see `vitweave/modeling/losses.py`; None is cross-entropy.
@@ -52,7 +56,9 @@ class ModalityFusionConfig(BackboneConfigMixin, VitweaveConfig):
     fusion_blocks: int | list[int] | tuple[int, ...] | None = None
     auxiliary: str = "pairwise"
     stage_layers: list[int] | tuple[int, ...] | None = None
+    shared_weights: bool = True
     layer_norm_eps: float = 1e-6
+    conv_norm_eps: float | None = None
     drop_path_rate: float | int = 0.0
     modality_dropout: float | int = 0.0
     penalty_weight: float | int = 1e-6
@@ -60,6 +66,7 @@ class ModalityFusionConfig(BackboneConfigMixin, VitweaveConfig):
     decoder_hidden_size: int = 256
     decoder_dropout: float | int = 0.1
     decoder_frozen_norm: bool = False
+    decoder_options: dict | None = None
     ensemble: str = "trained"
     merge: str = "mean"
     losses: dict[str, float | int] | None = None
@@ -103,6 +110,11 @@ class ModalityFusionConfig(BackboneConfigMixin, VitweaveConfig):
             raise ValueError(f"expected modality_dropout in [0, 1), got {self.modality_dropout}")
         if self.stream != "vit" and self.stage_layers is not None:
             raise ValueError(f"stage_layers belong to a plain ViT, got them with a {self.stream_config.model_type!r}")
+        if self.stream != "mit" and (not self.shared_weights or self.conv_norm_eps is not None):
+            raise ValueError(
+                "shared_weights=False and conv_norm_eps belong to a MiT, got them with a"
+                f" {self.stream_config.model_type!r}"
+            )
 
     @property
     def stream(self) -> str:

@@ -69,7 +69,7 @@ def convert_multi_encoder(
         model_class = MultiEncoderVlmForConditionalGeneration
         config = vlm_config(config, text, release, tensors.placement, image_token_id)
     report = tensors.check(model_class, config)
-    return tensors.load(model_class, config, dtype or tensors.usual_dtype(), report.new), report
+    return tensors.load(model_class, config, dtype or stored.usual_dtype(), report.new), report
 
 
 # Configs -------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
             and variance 1, with which the layer is a factor and a shift per channel.
     """
 
-    def __init__(self, num_features: int, frozen: bool = False):
-        super().__init__(num_features)
+    def __init__(self, num_features: int, frozen: bool = False, eps: float = 1e-5):
+        super().__init__(num_features, eps)
         self.frozen = frozen
 
     def forward(self, maps: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -30,6 +30,13 @@ class ModalityLinear(nn.Module):
         return out.unflatten(1, streams.shape[1:-1])
 
 
+class PerModality(nn.ModuleList):
+    """A layer of its own for every modality: streams (modalities, ...), each through its layer."""
+
+    def forward(self, streams: Tensor) -> Tensor:
+        return torch.stack([layer(stream) for layer, stream in zip(self, streams, strict=True)])
+
+
 def has_company(present: Tensor) -> Tensor:
     """Where a sensor and at least one other are present; `present` and result (modalities, batch)."""
     return present & (present.sum(dim=0) > 1)

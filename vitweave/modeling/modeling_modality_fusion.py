@@ -36,7 +36,8 @@ class ModalityFusionOutput(BaseModelOutputWithPooling):
 class ModalitySegmenterOutput(SemanticSegmenterOutput):
     """
     `logits` (batch, labels, height, width): of the ensemble, at the size of the images.
-    `modality_logits` (batch, streams, labels, height, width): of every stream, 0 where it is absent.
+    `modality_logits` (batch, streams, labels, height, width): of every stream, 0 where it is absent; None where one map
+    of all streams is decoded.
     `penalty`: scalar, as in `ModalityFusionOutput`; the loss holds it with `config.penalty_weight`.
     """
 
@@ -170,13 +171,17 @@ class ModalityFusionModel(ModalityFusionTrunk):
                 is not; None where all are there.
 
         Returns:
-            last_hidden_state (batch, tokens, hidden), the mean over the present streams of the last stage;
+            last_hidden_state (batch, tokens, hidden), the mean over the present streams of the last stage, or the one
+            map that a fusion makes of them;
             pooler_output (batch, hidden), the mean of its patches; on request hidden_states, the maps of every stage
             (batch, streams, channels_k, height_k, width_k).
         """
         output = self.run_streams(pixel_values, modality_mask)
         tokens = mean_over_present(output.tokens, output.present)
         patches = output.maps[-1].shape[-2] * output.maps[-1].shape[-1]
+        if output.fused is not None:
+            fused = output.fused[-1].flatten(2).transpose(1, 2)
+            tokens = torch.cat([tokens[:, : tokens.shape[1] - patches], fused], dim=1)
         return ModalityFusionOutput(
             last_hidden_state=tokens,
             pooler_output=tokens[:, tokens.shape[1] - patches :].mean(dim=1),
@@ -189,7 +194,8 @@ class ModalityFusionBackbone(BackboneMixin, ModalityFusionTrunk):
     """The maps of the stages in `out_features`, for any head that takes a backbone.
 
     Runs no stage beyond the deepest one asked for. `config.merge` says how the streams become one map: their "mean", or
-    "concat", all of them as channels, with zeros where one is absent.
+    "concat", all of them as channels, with zeros where one is absent. A fusion that makes one map of them
+    (`rectify_fuse` with `fuse="map"`) decides that itself.
 
     Heads that read the size of the images off axis 2, as transformers' do, want the modalities' images side by side:
     (batch, modalities * channels, height, width).
@@ -200,15 +206,18 @@ class ModalityFusionBackbone(BackboneMixin, ModalityFusionTrunk):
 
     def __init__(self, config: ModalityFusionConfig):
         super().__init__(config)
-        times = config.num_streams if config.merge == "concat" else 1
+        times = config.num_streams if config.merge == "concat" and not self.streams.makes_map else 1
         self.stage_names, self.num_features = config.stage_names, [times * width for width in self.streams.channels]
         self.post_init()
 
     def post_init(self):
         ModalityFusionTrunk.post_init(self)  # BackboneMixin's would put hooks into the blocks
 
-    def merged(self, stage_map: Tensor, present: Tensor | None) -> Tensor:
-        """(streams, batch, channels, height, width) to (batch, channels', height, width)."""
+    def merged(self, output: StreamOutput, index: int) -> Tensor:
+        """The map of a stage, (batch, channels', height, width)."""
+        if output.fused is not None:
+            return output.fused[index]
+        stage_map, present = output.maps[index], output.present
         if self.config.merge == "mean":
             return mean_over_present(stage_map, present)
         if present is not None:
@@ -232,13 +241,15 @@ class ModalityFusionBackbone(BackboneMixin, ModalityFusionTrunk):
         wanted = [self.stage_names.index(name) for name in self.out_features]
         output = self.run_streams(pixel_values, modality_mask, num_stages=None if asked else max(wanted) + 1)
         return BackboneOutput(
-            feature_maps=tuple(self.merged(output.maps[index], output.present) for index in wanted),
+            feature_maps=tuple(self.merged(output, index) for index in wanted),
             hidden_states=self.states_asked_for(output, asked),
         )
 
 
 class ModalityFusionForSemanticSegmentation(ModalityFusionPreTrainedModel):
     """One MLP decoder for all streams, and the ensemble of their logits.
+
+    Where the fusion makes one map of all streams (CMX: `rectify_fuse` with `fuse="map"`), that is all it decodes.
 
     The loss is the sum of `config.losses` (cross-entropy) over the logits of every stream and of the ensemble, plus
     `config.penalty_weight` times what the fusions ask for. Where a stream is absent it has no loss.
@@ -256,9 +267,11 @@ class ModalityFusionForSemanticSegmentation(ModalityFusionPreTrainedModel):
             "dropout": config.decoder_dropout,
             "drop_channels": True,
             "frozen_norm": config.decoder_frozen_norm,
+            **(config.decoder_options or {}),
         }
         self.decoder = build_segmentation_head("mlp", self.modality_fusion.streams.channels, config.num_labels, options)
-        self.ensemble = ModalityEnsemble(config.num_streams, trained=config.ensemble == "trained")
+        num_decoded = 1 if self.modality_fusion.streams.makes_map else config.num_streams
+        self.ensemble = ModalityEnsemble(num_decoded, trained=config.ensemble == "trained")
         losses = {"cross_entropy": 1.0} if config.losses is None else config.losses
         self.criterion = SegmentationLoss(
             config.num_labels, losses, config.loss_options, config.class_weights, config.semantic_loss_ignore_index
@@ -271,7 +284,12 @@ class ModalityFusionForSemanticSegmentation(ModalityFusionPreTrainedModel):
         return self.modality_fusion.exchange_ratios
 
     def decode(self, output: StreamOutput) -> Tensor:
-        """Logits (streams, batch, labels, height, width) at the size of the first stage; 0 where a stream is absent."""
+        """Logits (streams, batch, labels, height, width) at the size of the first stage; 0 where a stream is absent.
+
+        Of one map of all streams (1, batch, labels, height, width).
+        """
+        if output.fused is not None:
+            return self.decoder(list(output.fused))[None]
         valid = None if output.present is None else output.present.flatten()
         logits = self.decoder([stage_map.flatten(0, 1) for stage_map in output.maps], valid)
         if valid is not None:
@@ -297,7 +315,7 @@ class ModalityFusionForSemanticSegmentation(ModalityFusionPreTrainedModel):
         """
         output = self.modality_fusion.run_streams(pixel_values, modality_mask)
         logits = self.decode(output)
-        streams, present = logits.shape[0], output.present
+        streams, present = logits.shape[0], None if output.fused is not None else output.present
         if streams > 1:
             logits = torch.cat([logits, self.ensemble(logits, present)[None]])
         size = pixel_values.shape[-2:]
@@ -307,7 +325,7 @@ class ModalityFusionForSemanticSegmentation(ModalityFusionPreTrainedModel):
         return ModalitySegmenterOutput(
             loss=loss,
             logits=logits[-1],
-            modality_logits=logits[:streams].transpose(0, 1),
+            modality_logits=None if output.fused is not None else logits[:streams].transpose(0, 1),
             hidden_states=self.modality_fusion.states_asked_for(output, output_hidden_states),
             penalty=output.penalty,
         )

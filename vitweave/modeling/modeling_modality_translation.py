@@ -63,6 +63,8 @@ class ModalityFusionForImageToImage(ModalityFusionPreTrainedModel):
             config.fusion_blocks = [1] * len(config.stream_config.depths)
         super().__init__(config)
         self.modality_fusion = ModalityFusionModel(config)
+        if self.modality_fusion.streams.makes_map:
+            raise ValueError('every stream is drawn by itself, but fuse="map" makes one map of all; take fuse="add"')
         self.decoder = TranslationDecoder(config)
         self.ensemble = ModalityEnsemble(config.num_streams, trained=config.ensemble == "trained")
         self.post_init()

@@ -165,7 +165,7 @@ def test_official_names_there_and_back():
     again = from_official_units(official)
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in state.items() if name != "alpha")
-    with pytest.raises(ValueError, match="two modalities, the official form; '' has 3"):
+    with pytest.raises(ValueError, match="two modalities, the official form; 'key_bias' has 3"):
         to_official_units(build(3).state_dict())
 
 

@@ -6,58 +6,53 @@ a norm's modalities as rows, and keys and values apart.
 """
 
 import re
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from vitweave.modeling.conversion.gemini_units import from_official_units
+from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
+from vitweave.modeling.conversion.gemini_units import unit_entries
+from vitweave.modeling.conversion.mit_names import STREAMS, decoder_entries, mit_entries
+from vitweave.modeling.conversion.modality_release import ModalityRelease, OfficialState
+from vitweave.modeling.conversion.modality_sizes import decoder_fields, mit_stream, recipe_fields
+from vitweave.modeling.conversion.name_table import NameEntry, NameTable, leaves
 
-STREAMS = "modality_fusion.streams.stages"
-BLOCK = r"(?:encoder|backbone)\.block(?P<stage>\d)\.(?P<block>\d+)"
-STAGE = r"(?:encoder|backbone)"
-HEAD = r"(?:decoder|decode_head)"
-ROW = r"ln_(?P<row>\d)"
-LEAF = r"(?P<leaf>weight|bias)"
 # official place in a score net of TokenFusion -> our layer
 SCORE_LAYERS = {"0": "norm", "1": "fc1", "3": "fc2", "5": "fc3", "7": "fc4"}
-# official name, in which the fusions' own tensors are ours already -> our name. {stage} counts from 0; a tensor with a
-# `row` is one row of ours, one with a `group` a group of its channels, `kv` is keys and values.
-NAMES = {
-    rf"{STAGE}\.patch_embed(?P<stage>\d)\.proj\.module\.{LEAF}": "{stage}.patch_embeddings.proj.{leaf}",
-    rf"{STAGE}\.patch_embed(?P<stage>\d)\.norm\.{ROW}\.{LEAF}": "{stage}.patch_embeddings.layer_norm.{leaf}",
-    rf"{BLOCK}\.norm1\.{ROW}\.{LEAF}": "{stage}.blocks.{block}.layernorm_before.{leaf}",
-    rf"{BLOCK}\.norm2\.{ROW}\.{LEAF}": "{stage}.blocks.{block}.layernorm_after.{leaf}",
-    rf"{BLOCK}\.attn\.q\.module\.{LEAF}": "{stage}.blocks.{block}.attention.q_proj.{leaf}",
-    rf"{BLOCK}\.attn\.(?P<kv>kv)\.module\.{LEAF}": "{stage}.blocks.{block}.attention.{kv}_proj.{leaf}",
-    rf"{BLOCK}\.attn\.proj\.module\.{LEAF}": "{stage}.blocks.{block}.attention.o_proj.{leaf}",
-    rf"{BLOCK}\.attn\.sr\.module\.{LEAF}": (
-        "{stage}.blocks.{block}.attention.sequence_reduction.sequence_reduction.{leaf}"
-    ),
-    rf"{BLOCK}\.attn\.norm\.{ROW}\.{LEAF}": "{stage}.blocks.{block}.attention.sequence_reduction.layer_norm.{leaf}",
-    rf"{BLOCK}\.attn\.(?P<own>(?:to_|key_|value_|relation\.).+)": "{stage}.blocks.{block}.fusion.{own}",
-    rf"{BLOCK}\.mlp\.(?P<layer>fc1|fc2)\.module\.{LEAF}": "{stage}.blocks.{block}.mlp.{layer}.{leaf}",
-    rf"{BLOCK}\.mlp\.dwconv\.dwconv\.{LEAF}": "{stage}.blocks.{block}.mlp.dwconv.dwconv.{leaf}",
-    rf"{STAGE}\.norm(?P<stage>\d)\.{ROW}\.{LEAF}": "{stage}.layer_norm.{leaf}",
-    rf"{STAGE}\.score_predictor\.(?P<index>\d)\.score_nets\.(?P<row>\d)\.(?P<place>[01357])\.{LEAF}": (
-        "{index}.fusion.score_net.{place}.{leaf}"
-    ),
-    rf"{STAGE}\.extra_score_predictor\.(?P<index>\d)\.score_nets\.(?P<group>\d)\.0\.{LEAF}": (
-        "{index}.auxiliary.local.{leaf}"
-    ),
-    rf"{STAGE}\.extra_score_predictor\.(?P<index>\d)\.score_nets\.(?P<group>\d)\.1\.{LEAF}": (
-        "{index}.auxiliary.score.{leaf}"
-    ),
-}
-HEAD_NAMES = {
-    rf"{HEAD}\.linear_c(?P<stage>\d)\.proj\.{LEAF}": "decoder.projections.{stage}.{leaf}",
-    rf"{HEAD}\.linear_fuse\.conv\.(?P<leaf>weight)": "decoder.fuse.{leaf}",
-    rf"{HEAD}\.linear_fuse\.bn\.(?P<leaf>\w+)": "decoder.norm.{leaf}",
-    rf"{HEAD}\.linear_pred\.{LEAF}": "decoder.classifier.{leaf}",
-    r"alpha": "ensemble.alpha",
-}
-UNUSED = r"(?:encoder|backbone)\.extra_score_predictor\.\d\.score_nets\.(\d)\..+"
+# official place in a score net of the merged sensors -> our layer
+AUXILIARY_LAYERS = {"0": "local", "1": "score"}
+AUXILIARY_NET = r"(?:encoder|backbone)\.extra_score_predictor\.\d\.score_nets\.(\d)\..+"
+NEVER_READ = "score net of a modality that does not exist: the released code holds one more than it reads"
+LEFT_OVER = "score net of TokenFusion, left over: GeminiFusion's code does not run it"
+
+
+def segmenter_entries(encoder: str, head: str) -> list[NameEntry]:
+    """All entries of a segmenter whose names have these prefixes."""
+    score = encoder + "score_predictor.{stage}.score_nets.{row}."
+    auxiliary = encoder + "extra_score_predictor.{stage}.score_nets.{row}."
+    stage = STREAMS + ".{stage}."
+    return [
+        *mit_entries(encoder, wrap=".module", norm=".ln_{row}"),
+        *unit_entries(encoder + "block{number}.{block}.attn.", stage + "blocks.{block}.fusion."),
+        *score_net_entries(score, stage + "fusion.score_net."),
+        *(
+            leaves(auxiliary + place, f"{stage}auxiliary.{layer}", join="cat")
+            for place, layer in AUXILIARY_LAYERS.items()
+        ),
+        *decoder_entries(head),
+        NameEntry("alpha", ("ensemble.alpha",)),
+    ]
+
+
+def score_net_entries(official: str, ours: str) -> list[NameEntry]:
+    """The entries of TokenFusion's score nets of one stage, with these prefixes."""
+    return [leaves(official + place, ours + layer) for place, layer in SCORE_LAYERS.items()]
+
+
+SEGMENTER = NameTable(segmenter_entries("encoder.", "decoder."), "the official two-stream MiT segmenters")
+DELIVER = NameTable(segmenter_entries("backbone.", "decode_head."), "GeminiFusion's segmenters of DeLiVER")
+ANY = NameTable([*SEGMENTER.entries, *DELIVER.entries], SEGMENTER.subject)
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -65,48 +60,72 @@ def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     The last score net of every stage of a model of three or more modalities is dropped: nothing reads it.
     """
-    parts: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    joins: dict[str, Callable] = {}
-    unused, unknown = unused_names(state), []
-    for official, tensor in from_official_units(state).items():
-        if official in unused:
-            continue
-        found = our_name(official)
-        if found is None:
-            unknown.append(official)
-            continue
-        name, facts = found
-        if "kv" in facts:
-            for letter, half in zip("kv", tensor.chunk(2), strict=True):
-                parts[name.replace("kv_proj", f"{letter}_proj")][0] = half.contiguous()
-            continue
-        parts[name][int(facts.get("row", facts.get("group", 0)))] = tensor
-        if "row" in facts or "group" in facts:
-            joins[name] = torch.stack if "row" in facts else torch.cat
-    if unknown:
-        raise ValueError(f"{len(unknown)} names are none of the official two-stream MiT segmenters, e.g. {unknown[:5]}")
+    unused = never_read(state)
+    return ANY.to_ours({name: tensor for name, tensor in state.items() if name not in unused})
+
+
+def never_read(names: Iterable[str]) -> dict[str, str]:
+    """The score nets with the highest index, of which there is one more than modalities to score."""
+    nets = {name: int(match[1]) for name in names if (match := re.fullmatch(AUXILIARY_NET, name))}
+    return {name: NEVER_READ for name, index in nets.items() if index == max(nets.values())}
+
+
+def left_over(names: Iterable[str]) -> dict[str, str]:
+    """Score nets that GeminiFusion inherited from TokenFusion's code."""
+    return {name: LEFT_OVER for name in names if name.startswith("encoder.score_predictor.")}
+
+
+def never_read_nets(official: dict[str, Tensor], config: ModalityFusionConfig) -> dict[str, Tensor]:
+    """Zeros for them, so that the official model loads strictly."""
+    last = f".score_nets.{config.num_modalities - 2}."
     return {
-        name: joins[name]([found[index] for index in sorted(found)]) if name in joins else found[0]
-        for name, found in parts.items()
+        name.replace(last, f".score_nets.{config.num_modalities - 1}."): torch.zeros_like(tensor)
+        for name, tensor in official.items()
+        if ".extra_score_predictor." in name and last in name
     }
 
 
-def our_name(official: str) -> tuple[str, dict[str, str]] | None:
-    """Our name and what the official one says, or None for an unknown name."""
-    for names, prefix in ((NAMES, f"{STREAMS}."), (HEAD_NAMES, "")):
-        for pattern, ours in names.items():
-            match = re.fullmatch(pattern, official)
-            if match:
-                facts = match.groupdict()
-                if "stage" in facts:
-                    facts["stage"] = str(int(facts["stage"]) - 1)
-                if "place" in facts:
-                    facts["place"] = SCORE_LAYERS[facts["place"]]
-                return prefix + ours.format(**facts), facts
-    return None
+# Facts ---------------------------------------------------------------------------------------------------------------
 
 
-def unused_names(state: dict[str, Tensor]) -> set[str]:
-    """The score nets with the highest index, of which there is one more than modalities to score."""
-    nets = {name: int(match[1]) for name in state if (match := re.fullmatch(UNUSED, name))}
-    return {name for name, index in nets.items() if index == max(nets.values())}
+def gemini_fields(state: OfficialState) -> dict:
+    """GeminiFusion on NYUDv2 and SUN RGB-D."""
+    fusion = {"fusion_type": "gemini", "fusion_options": {"num_heads": 8}}
+    stream = mit_stream(state, "encoder.", ".module")
+    return {"stream_config": stream, **fusion, **decoder_fields(state, "decoder."), **recipe_fields(state, "decoder.")}
+
+
+def token_fusion_fields(state: OfficialState) -> dict:
+    """TokenFusion on NYUDv2 and SUN RGB-D: a stream is scaled by its scores also where it is alone."""
+    fusion = {"fusion_type": "token_exchange", "fusion_options": {"threshold": 0.02, "scale_alone": True}}
+    return gemini_fields(state) | fusion
+
+
+def deliver_fields(state: OfficialState) -> dict:
+    """GeminiFusion on DeLiVER: all modalities but the first are merged; batch norm and ensemble are trained."""
+    return {
+        "stream_config": mit_stream(state, "backbone.", ".module"),
+        "fusion_type": "gemini",
+        "fusion_options": {"num_heads": 8},
+        "auxiliary": "max",
+        "losses": {"ohem_threshold": 1.0},
+        **decoder_fields(state, "decode_head."),
+    }
+
+
+def modality_count(state: OfficialState) -> int:
+    """Norms behind the first patch embedding."""
+    pattern = r"(?:encoder|backbone)\.patch_embed1\.norm\.ln_\d\.weight"
+    return sum(re.fullmatch(pattern, name) is not None for name in state.shapes)
+
+
+GEMINI_FUSION = ModalityRelease(SEGMENTER, gemini_fields, modality_count, dropped=left_over)
+GEMINI_FUSION_DELIVER = ModalityRelease(
+    DELIVER,
+    deliver_fields,
+    modality_count,
+    modalities=("rgb", "depth", "event", "lidar"),
+    dropped=never_read,
+    restored=never_read_nets,
+)
+TOKEN_FUSION = ModalityRelease(SEGMENTER, token_fusion_fields, modality_count)

@@ -6,106 +6,108 @@ query, key and value apart, and compute the places.
 """
 
 import re
-from collections import defaultdict
+from collections.abc import Iterable
 
-import torch
 from torch import Tensor
+from transformers import SwinConfig
 
-from vitweave.modeling.conversion.gemini_units import from_official_units, to_official_units
+from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
+from vitweave.modeling.conversion.gemini_units import unit_entries
+from vitweave.modeling.conversion.mit_names import STREAMS, decoder_entries
+from vitweave.modeling.conversion.modality_release import ModalityRelease, OfficialState
+from vitweave.modeling.conversion.modality_sizes import decoder_fields, numbers_in, recipe_fields
+from vitweave.modeling.conversion.name_table import NameEntry, NameTable, leaves
 from vitweave.modeling.modality_streams.windows import relative_places
 
-BODY, BLOCK = "encoder.body.", "encoder.body.layers.{stage}.blocks.{block}."
-STREAMS = "modality_fusion.streams."
-OURS = STREAMS + "stages.{stage}.blocks.{block}."
-# official name, in which the fusions' own tensors are ours already -> our name. Of a `row` ours holds all, one behind
-# the other; the packed tensor is one after the other in each `part`; a `number` counts stages from 1.
-NAMES = {
-    BODY + "patch_embed.proj.module.{leaf}": STREAMS + "embeddings.projection.{leaf}",
-    BODY + "patch_embed.norm.ln_{row}.{leaf}": STREAMS + "embeddings.norm.{leaf}",
-    BLOCK + "norm1.module.{leaf}": OURS + "layernorm_before.{leaf}",
-    BLOCK + "norm2.module.{leaf}": OURS + "layernorm_after.{leaf}",
-    BLOCK + "attn.module.{table}": OURS + "attention.relative_position_bias.{table}",
-    BLOCK + "attn.module.qkv.{leaf}": OURS + "attention.{part}_proj.{leaf}",
-    BLOCK + "attn.module.proj.{leaf}": OURS + "attention.o_proj.{leaf}",
-    BLOCK + "mlp.{layer}.module.{leaf}": OURS + "mlp.{layer}.{leaf}",
-    BLOCK + "{own}": OURS + "fusion.{own}",
-    BODY + "layers.{stage}.downsample.module.{merge}": STREAMS + "stages.{stage}.downsample.{merge}",
-    BODY + "norm{stage}.ln_{row}.{leaf}": STREAMS + "stages.{stage}.layer_norm.{leaf}",
-    "decoder.linear_c{number}.proj.{leaf}": "decoder.projections.{stage}.{leaf}",
-    "decoder.linear_fuse.conv.weight": "decoder.fuse.weight",
-    "decoder.linear_fuse.bn.{statistic}": "decoder.norm.{statistic}",
-    "decoder.linear_pred.{leaf}": "decoder.classifier.{leaf}",
-    "alpha": "ensemble.alpha",
-}
-FIELDS = {
-    "stage": r"\d",
-    "number": r"\d",
-    "block": r"\d+",
-    "row": r"\d",
-    "part": "[qkv]",
-    "leaf": "weight|bias",
-    "layer": "fc[12]",
-    "table": "relative_position_bias_table",
-    "own": r"(?:to_\w+|relation)\..+|key_bias|key_noise|value_noise",
-    "merge": r"norm\.(?:weight|bias)|reduction\.weight",
-    "statistic": "weight|bias|running_mean|running_var|num_batches_tracked",
-}
-PLACES = ".attn.module.relative_position_index"
+BODY = "encoder.body."
+BLOCK = BODY + "layers.{stage}.blocks.{block}."
+OURS = STREAMS + ".{stage}.blocks.{block}."
+EMBEDDINGS = STREAMS.removesuffix("stages") + "embeddings."
+QUERY_KEY_VALUE = tuple(f"{OURS}attention.{letter}_proj.{{leaf}}" for letter in "qkv")
+TABLE = NameTable(
+    [
+        leaves(BODY + "patch_embed.proj.module", EMBEDDINGS + "projection"),
+        leaves(BODY + "patch_embed.norm.ln_{row}", EMBEDDINGS + "norm"),
+        leaves(BLOCK + "norm1.module", OURS + "layernorm_before"),
+        leaves(BLOCK + "norm2.module", OURS + "layernorm_after"),
+        NameEntry(BLOCK + "attn.module.{table}", (OURS + "attention.relative_position_bias.{table}",)),
+        NameEntry(BLOCK + "attn.module.qkv.{leaf}", QUERY_KEY_VALUE),
+        leaves(BLOCK + "attn.module.proj", OURS + "attention.o_proj"),
+        leaves(BLOCK + "mlp.{layer}.module", OURS + "mlp.{layer}"),
+        *unit_entries(BLOCK, OURS + "fusion."),
+        NameEntry(BODY + "layers.{stage}.downsample.module.{merge}", (STREAMS + ".{stage}.downsample.{merge}",)),
+        leaves(BODY + "norm{stage}.ln_{row}", STREAMS + ".{stage}.layer_norm"),
+        *decoder_entries("decoder."),
+        NameEntry("alpha", ("ensemble.alpha",)),
+    ],
+    "the two-stream Swin segmenters",
+)
+PLACES, BIASES = ".relative_position_index", ".relative_position_bias_table"
+COMPUTED = "places in a window, computed from its size"
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Official tensors to those of `ModalityFusionForSemanticSegmentation`."""
-    rows, found = defaultdict(dict), {}
-    for name, tensor in from_official_units(state).items():
-        if name.endswith(PLACES):
-            continue
-        ours, facts = translate(name, NAMES)
-        if "{part}" in ours:
-            for part, third in zip("qkv", tensor.chunk(3), strict=True):
-                found[ours.format(part=part, **facts)] = third.contiguous()
-        elif "row" in facts:
-            rows[ours.format(**facts)][int(facts["row"])] = tensor
-        else:
-            found[ours.format(**facts)] = tensor
-    return found | {name: torch.stack([parts[row] for row in sorted(parts)]) for name, parts in rows.items()}
+    return TABLE.to_ours({name: tensor for name, tensor in state.items() if not name.endswith(PLACES)})
 
 
 def to_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors of two modalities to the official ones."""
-    packed, found = defaultdict(dict), {}
-    names = {ours: official for official, ours in NAMES.items()}
-    for name, tensor in state.items():
-        official, facts = translate(name, names)
-        if "part" in facts:
-            packed[official.format(**facts)][facts["part"]] = tensor
-        elif "{row}" in official:
-            for row, part in enumerate(tensor.unbind()):
-                found[official.format(row=row, **facts)] = part.contiguous()
-        else:
-            found[official.format(**facts)] = tensor
-        if "table" in facts:
-            window = (round(tensor.shape[0] ** 0.5) + 1) // 2
-            block = BLOCK.removesuffix(".").format(**facts)
-            found[block + PLACES] = relative_places(window, tensor.device)
-    found |= {name: torch.cat([parts[part] for part in "qkv"]) for name, parts in packed.items()}
-    return to_official_units(found)
+    official = TABLE.to_official(state)
+    return official | places_in_windows(official)
 
 
-def translate(name: str, names: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """The other side's template for a name, and what fills it."""
-    for template, other in names.items():
-        match = re.fullmatch(pattern_of(template), name)
-        if match:
-            facts = match.groupdict()
-            if "number" in facts:
-                facts["stage"] = str(int(facts["number"]) - 1)
-            elif "{number}" in other:
-                facts["number"] = str(int(facts["stage"]) + 1)
-            return other, facts
-    raise ValueError(f"{name!r} is no tensor of the two-stream Swin segmenters, as GeminiFusion or we name them")
+def places_in_windows(official: dict[str, Tensor], config: ModalityFusionConfig | None = None) -> dict[str, Tensor]:
+    """What the official code stores beside every table of biases."""
+    found = {}
+    for name, tensor in official.items():
+        if name.endswith(BIASES):
+            window = window_of(tensor.shape[0])
+            found[name.removesuffix(BIASES) + PLACES] = relative_places(window, tensor.device)
+    return found
 
 
-def pattern_of(template: str) -> str:
-    """The regular expression of a template."""
-    pattern = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
-    return re.sub(r"\{(\w+)\}", lambda field: f"(?P<{field[1]}>{FIELDS[field[1]]})", pattern)
+def window_of(rows: int) -> int:
+    """Side of the window whose table of biases has so many rows."""
+    return (round(rows**0.5) + 1) // 2
+
+
+def computed_places(names: Iterable[str]) -> dict[str, str]:
+    """They are left out."""
+    return {name: COMPUTED for name in names if name.endswith(PLACES)}
+
+
+def swin_fields(state: OfficialState) -> dict:
+    """GeminiFusion with Swin on NYUDv2 and SUN RGB-D; everything follows from the tensors."""
+    width, channels, patch, _ = state.size(BODY + "patch_embed.proj.module.weight")
+    stages = sorted(numbers_in(state, rf"{re.escape(BODY)}layers\.(\d)\..+"))
+    depths = [len(numbers_in(state, rf"{re.escape(BODY)}layers\.{stage}\.blocks\.(\d+)\..+")) for stage in stages]
+    first = [f"{BODY}layers.{stage}.blocks.0." for stage in stages]
+    tables = [state.size(f"{block}attn.module{BIASES}") for block in first]
+    stream = SwinConfig(
+        embed_dim=width,
+        num_channels=channels,
+        patch_size=patch,
+        depths=depths,
+        num_heads=[heads for _, heads in tables],
+        window_size=window_of(tables[0][0]),
+        mlp_ratio=state.size(first[0] + "mlp.fc1.module.weight")[0] / width,
+        drop_path_rate=0.0,
+    )
+    return {
+        "stream_config": stream,
+        "fusion_type": "gemini",
+        "fusion_options": {"num_heads": 8},
+        **decoder_fields(state, "decoder."),
+        **recipe_fields(state, "decoder."),
+    }
+
+
+def modality_count(state: OfficialState) -> int:
+    """Norms behind the patch embedding."""
+    return len(numbers_in(state, rf"{re.escape(BODY)}patch_embed\.norm\.ln_(\d)\.weight"))
+
+
+GEMINI_FUSION_SWIN = ModalityRelease(
+    TABLE, swin_fields, modality_count, dropped=computed_places, restored=places_in_windows
+)

@@ -77,14 +77,6 @@ class PlacedTensors:
         patterns = [re.escape(p.target) + end for p in self.parts if p.target is not None for end in p.names.optional]
         return any(re.fullmatch(pattern, name) for pattern in patterns)
 
-    def usual_dtype(self) -> torch.dtype:
-        """The floating-point type that most values have."""
-        values: dict[torch.dtype, int] = {}
-        for tensor in self.stored.shapes.values():
-            if tensor.is_floating_point():
-                values[tensor.dtype] = values.get(tensor.dtype, 0) + tensor.numel()
-        return max(values, key=values.get) if values else torch.float32
-
     def load(
         self, model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, new: Sequence[str]
     ) -> PreTrainedModel:
@@ -98,18 +90,34 @@ class PlacedTensors:
             if official in self.placement.placed:
                 for name, piece in taken_apart(self.placement, official, tensor).items():
                     state[name] = piece.to(dtype, copy=True).contiguous()
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # what is new is in the report, and no output depends on it
-        try:
-            model, info = model_class.from_pretrained(
-                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-            )
-        finally:
-            logging.set_verbosity(verbosity)
-        lost = sorted(set(info["missing_keys"]) - set(new))
-        shapes = [str(entry) for entry in info["mismatched_keys"]]
-        refuse(self.stored.name, unknown=list(info["unexpected_keys"]), missing=lost, shapes=shapes)
-        return model
+        return load_state(model_class, config, state, dtype, new, self.stored.name)
+
+
+def load_state(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+    new: Sequence[str],
+    source: str,
+) -> PreTrainedModel:
+    """A model with these values, in evaluation mode; only what `new` names may be missing.
+
+    Args:
+        source: where they come from, for messages.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is new is in the report
+    try:
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    lost = sorted(set(info["missing_keys"]) - set(new))
+    shapes = [str(entry) for entry in info["mismatched_keys"]]
+    refuse(source, unknown=list(info["unexpected_keys"]), missing=lost, shapes=shapes)
+    return model
 
 
 SAYS = {

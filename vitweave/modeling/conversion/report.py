@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 class ConversionReport:
     """What became of a release's tensors; printed as a table.
 
-    copied: our tensor -> the official one, or the encoder it was given with.
+    copied: our tensor -> the official one (several, with commas between, where ours holds them all), or the encoder it
+    was given with.
     dropped: official tensor -> the reason. new: our tensors that the release does not hold; no output depends on them.
     counts: values in each group.
     """

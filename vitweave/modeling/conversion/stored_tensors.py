@@ -92,6 +92,24 @@ class StoredTensors:
                     shapes[name] = torch.empty(piece.get_shape(), dtype=torch_dtype(name, piece), device="meta")
         return shapes
 
+    def usual_dtype(self) -> torch.dtype:
+        """The floating-point type that most values have."""
+        values: dict[torch.dtype, int] = {}
+        for tensor in self.shapes.values():
+            if tensor.is_floating_point():
+                values[tensor.dtype] = values.get(tensor.dtype, 0) + tensor.numel()
+        return max(values, key=values.get) if values else torch.float32
+
+    def value(self, name: str) -> Tensor:
+        """One tensor."""
+        if self.tensors is not None:
+            return self.tensors[name]
+        for path in self.files:
+            with opened(path) as file:
+                if name in file.keys():  # noqa: SIM118 (a file is no dict)
+                    return file.get_tensor(name)
+        raise KeyError(name)
+
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, one file after the other."""
         if self.tensors is not None:
@@ -139,5 +157,6 @@ def pickle_refused(path: Path) -> ValueError:
     return ValueError(
         f"expected safetensors, got {path}, a pickle, which vitweave does not open. If you trust where it comes from,"
         f" save it again once: state = torch.load({path.name!r}, weights_only=True); safetensors.torch.save_file("
-        f"{{name: tensor.contiguous() for name, tensor in state.items()}}, {path.with_suffix('.safetensors').name!r})"
+        f"{{name: tensor.contiguous() for name, tensor in state.items()}}, {path.with_suffix('.safetensors').name!r})."
+        " If the weights are one entry of what was saved ('segmenter', 'model', 'state_dict'), read state[that entry]"
     )

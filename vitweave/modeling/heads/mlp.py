@@ -19,6 +19,8 @@ class MlpHead(SegmentationHead):
             single values (transformers).
         frozen_norm: the batch norm keeps the statistics it has (TokenFusion and GeminiFusion on NYUDv2 and SUN RGB-D
             train with mean 0 and variance 1 for ever).
+        fuse_bias: the convolution in front of the norm has a bias (CMX).
+        norm_eps: of the batch norm.
     """
 
     def __init__(
@@ -29,11 +31,13 @@ class MlpHead(SegmentationHead):
         dropout: float = 0.1,
         drop_channels: bool = False,
         frozen_norm: bool = False,
+        fuse_bias: bool = False,
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
         self.projections = nn.ModuleList(nn.Linear(channels, hidden_size) for channels in in_channels)
-        self.fuse = nn.Conv2d(len(in_channels) * hidden_size, hidden_size, kernel_size=1, bias=False)
-        self.norm = MaskedBatchNorm2d(hidden_size, frozen_norm)
+        self.fuse = nn.Conv2d(len(in_channels) * hidden_size, hidden_size, kernel_size=1, bias=fuse_bias)
+        self.norm = MaskedBatchNorm2d(hidden_size, frozen_norm, norm_eps)
         self.dropout = nn.Dropout2d(dropout) if drop_channels else nn.Dropout(dropout)
         self.classifier = nn.Conv2d(hidden_size, num_labels, kernel_size=1)
 

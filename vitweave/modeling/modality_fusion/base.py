@@ -42,12 +42,16 @@ class ModalityFusion(nn.Module):
 
     `shared_by_stage`: one instance serves all blocks of a stage.
 
+    `makes_map`: besides, `fused_map(streams, inputs)` makes one map of what it returned, (batch, tokens, hidden), and
+    that is what heads read; position "stage" only.
+
     `last_exchange_ratio`: (modalities,), the part of the tokens or channels that the last forward replaced, for
     logging; None where a fusion replaces none.
     """
 
     position = "attention"
     shared_by_stage = False
+    makes_map = False
 
     def __init__(self, num_modalities: int, hidden_size: int):
         super().__init__()

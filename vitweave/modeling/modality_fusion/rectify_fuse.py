@@ -107,7 +107,8 @@ class RectifyFuseFusion(ModalityFusion):
     Fuse: channel-context attention between the two and a convolutional bottleneck to one map f. In CMX the x_m' go to
     the next stage and f alone to the decoder. A stage here returns what the next one reads, and every stream has
     logits of its own; so by default (`fuse="add"`) the streams return `x_m' + fused_scale_m * f`. `fuse="map"` is CMX:
-    forward returns the x_m', and who decodes one map asks `fused_map` for f. `fuse="none"` rectifies only.
+    forward returns the x_m', and a decoder or a backbone's user gets the f of every stage (`fused_map`), for which no
+    stream has logits of its own. `fuse="none"` rectifies only.
 
     CMX is for two modalities. Of more, all pairs pass through the same weights, the lower index first; a stream takes
     the mean over its pairs, and f is the mean over all.
@@ -153,7 +154,7 @@ class RectifyFuseFusion(ModalityFusion):
                 f"expected {hidden_size} channels to split into heads of head_width={head_width} and to leave some"
                 f" after reduction={reduction}; choose a head_width that divides the width of every stage"
             )
-        self.fuse, self.start_scale = fuse, start_scale
+        self.fuse, self.start_scale, self.makes_map = fuse, start_scale, fuse == "map"
         self.gates = RectifyGates(hidden_size, reduction, lambda_c, lambda_s, start_gate)
         if fuse != "none":
             self.cross_path = CrossPath(hidden_size, num_heads)

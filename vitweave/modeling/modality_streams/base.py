@@ -17,6 +17,7 @@ class StreamOutput:
         present: (streams, batch), bool; None where all are there.
         penalty: scalar, the sum of what all fusions ask to be added to the loss; None without any.
         exchange_ratios: "stage1.block0" -> (streams,), detached, of the fusions that exchange.
+        fused: one per stage, (batch, channels_k, height_k, width_k), where the fusion makes one map of the streams.
     """
 
     maps: tuple[Tensor, ...]
@@ -24,6 +25,7 @@ class StreamOutput:
     present: Tensor | None = None
     penalty: Tensor | None = None
     exchange_ratios: dict[str, Tensor] = field(default_factory=dict)
+    fused: tuple[Tensor, ...] | None = None
 
 
 class ModalityStreams(nn.Module):
@@ -37,6 +39,11 @@ class ModalityStreams(nn.Module):
 
     channels: list[int]  # of every stage
     strides: list[int]  # pixels of one cell of every stage
+
+    @property
+    def makes_map(self) -> bool:
+        """Whether the fusion makes one map of the streams of every stage."""
+        return any(stage.fusion is not None and stage.fusion.makes_map for stage in self.stages)
 
     def forward(
         self, pixel_values: Tensor, present: Tensor | None = None, num_stages: int | None = None

@@ -10,12 +10,14 @@ from vitweave.modeling.modality_streams.block_fusions import StagePlan, exchange
 class FusionRecord:
     """Penalties and exchange ratios of one forward.
 
-    `ratios`: place -> (streams,), e.g. "stage1.block0"; a compiled graph keeps none.
+    `ratios`: place -> (streams,), e.g. "stage1.block0"; a compiled graph keeps none. `fused`: a map per stage, (batch,
+    hidden, height, width), of fusions that make one of all streams.
     """
 
     def __init__(self):
         self.penalties: list[Tensor | None] = []
         self.ratios: dict[str, Tensor] = {}
+        self.fused: list[Tensor] = []
 
     def note(self, place: str, fusion: ModalityFusion | None, penalty: Tensor | None) -> None:
         """Remember what a fusion has just returned."""
@@ -27,6 +29,11 @@ class FusionRecord:
     def penalty(self) -> Tensor | None:
         """The sum of all penalties."""
         return summed(self.penalties)
+
+    @property
+    def fused_maps(self) -> tuple[Tensor, ...] | None:
+        """Of all stages; None where no fusion makes any."""
+        return tuple(self.fused) or None
 
 
 class FusingStage(nn.Module):
@@ -71,6 +78,9 @@ class FusingStage(nn.Module):
         if self.fusion is None or self.fusion.position != "stage":
             return streams
         patches = streams[:, :, num_prefix:]
-        fused, penalty = self.fusion(patches, BlockInputs(patches, grid, present))
+        inputs = BlockInputs(patches, grid, present)
+        fused, penalty = self.fusion(patches, inputs)
+        if self.fusion.makes_map:
+            record.fused.append(self.fusion.fused_map(fused, inputs).transpose(1, 2).unflatten(2, grid))
         record.note(f"{self.name}.maps", self.fusion, penalty)
         return torch.cat([streams[:, :, :num_prefix], fused], dim=2) if num_prefix else fused

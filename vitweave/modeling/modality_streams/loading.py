@@ -4,17 +4,23 @@ import torch
 from torch import Tensor
 
 from vitweave.modeling.modality_fusion.base import ModalityFusion, ModalityNorm
+from vitweave.modeling.modality_layers import PerModality
 from vitweave.modeling.modality_streams.auxiliary import AuxiliaryMerge
 from vitweave.modeling.modality_streams.base import ModalityStreams
 
 
 @torch.no_grad()
 def fill_streams(streams: ModalityStreams, tensors: dict[str, Tensor]) -> None:
-    """Copy weights by their names in the streams; a norm's row is copied for every modality.
+    """Copy weights by their names in the streams; a norm's row, or a whole layer, is copied for every modality.
 
     What merges and fuses stays as it is. Everything else must be there, and nothing may be left over.
     """
     own = dict(streams.named_parameters())
+    counts = {name: len(part) for name, part in streams.named_modules() if isinstance(part, PerModality)}
+    for name in [name for name in tensors if name.rpartition(".")[0] in counts]:
+        layer, _, leaf = name.rpartition(".")
+        tensors = tensors | {f"{layer}.{index}.{leaf}": tensors[name] for index in range(counts[layer])}
+        del tensors[name]
     new = {f"{name}." for name, part in streams.named_modules() if isinstance(part, (ModalityFusion, AuxiliaryMerge))}
     missing = [name for name in own if name not in tensors and not name.startswith(tuple(new))]
     unknown = [name for name in tensors if name not in own]

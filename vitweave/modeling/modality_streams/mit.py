@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 from vitweave.modeling.modality_fusion.base import BlockInputs, ModalityFusion, ModalityNorm
+from vitweave.modeling.modality_layers import PerModality
 from vitweave.modeling.modality_streams.auxiliary import AuxiliaryMerge
 from vitweave.modeling.modality_streams.base import ModalityStreams, StreamOutput
 from vitweave.modeling.modality_streams.block_fusions import BlockFusion, StagePlan, new_fusion, plan_fusions
@@ -23,28 +24,45 @@ from vitweave.modeling.specialized_layers import eager_attention
 from vitweave.modeling.tokens import DropPath, tokens_to_map
 
 
-def on_maps(layer: Callable, streams: Tensor, grid: tuple[int, int]) -> Tensor:
+def layer_of_all(config: ModalityFusionConfig, count: int, build: Callable[[], nn.Module]) -> nn.Module:
+    """One layer for all streams, or one for each of `count`, as the config says."""
+    return build() if config.shared_weights else PerModality(build() for _ in range(count))
+
+
+def on_maps(layer: nn.Module, streams: Tensor, grid: tuple[int, int]) -> Tensor:
     """Run a convolution on tokens: (modalities, batch, tokens, hidden) -> (modalities, batch, tokens', hidden')."""
+    if isinstance(layer, PerModality):
+        return torch.cat([on_maps(own, stream[None], grid) for own, stream in zip(layer, streams, strict=True)])
     maps = layer(tokens_to_map(one_batch(streams), grid))
     return maps.flatten(2).transpose(1, 2).unflatten(0, streams.shape[:2])
 
 
+def conv_norm_eps(config: ModalityFusionConfig) -> float:
+    """Epsilon of the norms behind strided convolutions."""
+    return config.layer_norm_eps if config.conv_norm_eps is None else config.conv_norm_eps
+
+
 class MitPatchEmbeddings(nn.Module):
-    """Overlapping patches by one strided convolution for all, and a norm per modality."""
+    """Overlapping patches by a strided convolution, and a norm per modality."""
 
     def __init__(self, config: ModalityFusionConfig, stage: int):
         super().__init__()
         stream, kernel = config.stream_config, config.stream_config.patch_sizes[stage]
         channels = stream.num_channels if stage == 0 else stream.hidden_sizes[stage - 1]
         width = stream.hidden_sizes[stage]
-        self.proj = FanOutConv(channels, width, kernel, stream.strides[stage], padding=kernel // 2)
-        self.layer_norm = ModalityNorm(config.num_modalities, width, config.layer_norm_eps)
+        stride, count = stream.strides[stage], config.num_modalities
+        self.proj = layer_of_all(
+            config, count, lambda: FanOutConv(channels, width, kernel, stride, padding=kernel // 2)
+        )
+        self.layer_norm = ModalityNorm(count, width, conv_norm_eps(config))
 
     def forward(self, maps: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """(modalities, batch, channels, height, width) to tokens (modalities, batch, tokens, hidden) and their grid."""
-        patches = self.proj(one_batch(maps))
-        tokens = patches.flatten(2).transpose(1, 2).unflatten(0, maps.shape[:2])
-        return self.layer_norm(tokens), (patches.shape[2], patches.shape[3])
+        if isinstance(self.proj, PerModality):
+            patches = self.proj(maps)  # (modalities, batch, hidden, height', width')
+        else:
+            patches = self.proj(one_batch(maps)).unflatten(0, maps.shape[:2])
+        return self.layer_norm(patches.flatten(3).transpose(2, 3)), (patches.shape[3], patches.shape[4])
 
 
 class MitSequenceReduction(nn.Module):
@@ -52,8 +70,11 @@ class MitSequenceReduction(nn.Module):
 
     def __init__(self, config: ModalityFusionConfig, hidden_size: int, ratio: int):
         super().__init__()
-        self.sequence_reduction = FanOutConv(hidden_size, hidden_size, ratio, ratio)
-        self.layer_norm = ModalityNorm(config.num_streams, hidden_size, config.layer_norm_eps)
+        count = config.num_streams
+        self.sequence_reduction = layer_of_all(
+            config, count, lambda: FanOutConv(hidden_size, hidden_size, ratio, ratio)
+        )
+        self.layer_norm = ModalityNorm(count, hidden_size, conv_norm_eps(config))
 
     def forward(self, streams: Tensor, grid: tuple[int, int]) -> Tensor:
         return self.layer_norm(on_maps(self.sequence_reduction, streams, grid))
@@ -72,7 +93,7 @@ class MitAttention(nn.Module):
         self.dropout = stream.attention_probs_dropout_prob
         self.is_causal = False
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, nn.Linear(width, width))
+            setattr(self, name, layer_of_all(config, config.num_streams, lambda: nn.Linear(width, width)))
         ratio = stream.sr_ratios[stage]
         self.sequence_reduction = MitSequenceReduction(config, width, ratio) if ratio > 1 else None
 
@@ -94,9 +115,13 @@ class MitAttention(nn.Module):
 class MitDepthWiseConv(nn.Module):
     """A 3x3 convolution per channel, by which the tokens know where they are."""
 
-    def __init__(self, channels: int):
+    def __init__(self, config: ModalityFusionConfig, channels: int):
         super().__init__()
-        self.dwconv = FanOutConv(channels, channels, kernel_size=3, padding=1, groups=channels)
+        self.dwconv = layer_of_all(
+            config,
+            config.num_streams,
+            lambda: FanOutConv(channels, channels, kernel_size=3, padding=1, groups=channels),
+        )
 
     def forward(self, streams: Tensor, grid: tuple[int, int]) -> Tensor:
         return on_maps(self.dwconv, streams, grid)
@@ -108,11 +133,11 @@ class MitMixMLP(nn.Module):
     def __init__(self, config: ModalityFusionConfig, stage: int):
         super().__init__()
         stream, width = config.stream_config, config.stream_config.hidden_sizes[stage]
-        wide = int(width * stream.mlp_ratios[stage])
-        self.fc1 = nn.Linear(width, wide)
-        self.dwconv = MitDepthWiseConv(wide)
+        wide, count = int(width * stream.mlp_ratios[stage]), config.num_streams
+        self.fc1 = layer_of_all(config, count, lambda: nn.Linear(width, wide))
+        self.dwconv = MitDepthWiseConv(config, wide)
         self.activation_fn = ACT2FN[stream.hidden_act]
-        self.fc2 = nn.Linear(wide, width)
+        self.fc2 = layer_of_all(config, count, lambda: nn.Linear(wide, width))
         self.dropout = nn.Dropout(stream.hidden_dropout_prob)
 
     def forward(self, streams: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -198,8 +223,11 @@ class MitStreams(ModalityStreams):
 
     Parameters are named as in transformers' SegFormer; a norm holds one row per modality. Every norm has the epsilon
     `config.layer_norm_eps`, 1e-6 as in the code behind GeminiFusion's and TokenFusion's checkpoints. transformers'
-    SegFormer has 1e-5 whatever its config says, and NVIDIA's code 1e-5 in two kinds of norms: the same weights give
-    features that differ by about 1e-5.
+    SegFormer has 1e-5 whatever its config says, and NVIDIA's code 1e-5 in two kinds of norms (`config.conv_norm_eps`):
+    the same weights give features that differ by about 1e-5.
+
+    With `shared_weights=False` every layer stands there once per modality, numbered (`q_proj.0`, `q_proj.1`), and only
+    the fusions join the streams.
     """
 
     def __init__(self, config: ModalityFusionConfig):
@@ -223,7 +251,7 @@ class MitStreams(ModalityStreams):
         for stage in self.stages[:num_stages]:
             passed_on, maps, tokens, seen = stage(passed_on, present, record)
             found.append(maps)
-        return StreamOutput(tuple(found), tokens, seen, record.penalty, record.ratios)
+        return StreamOutput(tuple(found), tokens, seen, record.penalty, record.ratios, record.fused_maps)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.stages[0].patch_embeddings

@@ -308,7 +308,7 @@ class SwinStreams(ModalityStreams):
             size, go_on = grid, index < len(stages)
             streams, grid, tokens, there = stage(streams, grid, present, places, record, go_on)
             maps.append(tokens.transpose(2, 3).unflatten(3, size))
-        return StreamOutput(tuple(maps), tokens, there, record.penalty, record.ratios)
+        return StreamOutput(tuple(maps), tokens, there, record.penalty, record.ratios, record.fused_maps)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings

@@ -197,7 +197,7 @@ class VitStreams(ModalityStreams):
         for stage in self.stages[:num_stages]:
             streams, tokens = stage(streams, grid, present, record, *inputs)
             maps.append(tokens[:, :, prefix:].transpose(2, 3).unflatten(3, grid))
-        return StreamOutput(tuple(maps), tokens, present, record.penalty, record.ratios)
+        return StreamOutput(tuple(maps), tokens, present, record.penalty, record.ratios, record.fused_maps)
 
     def embed(self, images: Tensor, present: Tensor | None) -> tuple[Tensor, tuple[int, int], Tensor | None]:
         """Images (modalities, batch, channels, height, width) to streams, their grid, and which of them are there."""
