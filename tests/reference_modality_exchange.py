@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitweave.modeling.conversion.cmx import fuse_entries, gate_entries
+from vitweave.modeling.conversion.gemini_fusion import score_net_entries
+from vitweave.modeling.conversion.name_table import NameTable
 from vitweave.modeling.modality_fusion.base import BlockInputs
 from vitweave.modeling.modality_fusion.channel_exchange import (
     ChannelExchangeFusion,
@@ -17,8 +20,9 @@ from vitweave.modeling.modality_fusion.rectify_fuse import RectifyFuseFusion
 from vitweave.modeling.modality_fusion.token_exchange import TokenExchangeFusion
 from vitweave.training.schedules import polynomial_schedule
 
-# official place in a score net -> our layer
-SCORE_LAYERS = {"0": "norm", "1": "fc1", "3": "fc2", "5": "fc3", "7": "fc4"}
+SCORE_NETS = NameTable(score_net_entries("score_nets.{row}.", ""), "score nets")
+GATES = NameTable(gate_entries("", ""), "CMX's rectify module")
+FUSE = NameTable(fuse_entries("", ""), "CMX's fuse module")
 
 
 def loosen(case):
@@ -41,22 +45,11 @@ def check_streams(case, name: str, streams: Tensor):
 # TokenFusion ---------------------------------------------------------------------------------------------------------
 
 
-def score_net_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`score_nets.{modality}.{place}.{weight, bias}`, modalities stacked."""
-    modalities = sorted({int(name.split(".")[1]) for name in state})
-    assert len(state) == 2 * len(SCORE_LAYERS) * len(modalities)
-    return {
-        f"{layer}.{leaf}": torch.stack([state[f"score_nets.{m}.{place}.{leaf}"] for m in modalities])
-        for place, layer in SCORE_LAYERS.items()
-        for leaf in ("weight", "bias")
-    }
-
-
 def replay_predictor(case):
     loosen(case)
     streams = stacked(case, "input.x").requires_grad_()
     fusion = TokenExchangeFusion(streams.shape[0], case.config["embed_dim"]).to(case.dtype)
-    fusion.score_net.load_state_dict(score_net_state(case.group("state")), strict=True)
+    fusion.score_net.load_state_dict(SCORE_NETS.to_ours(case.group("state")), strict=True)
     scores = fusion.score_net(streams)
     check_streams(case, "output.log_probs", fusion.score_net.logits(streams).log_softmax(dim=-1))
     check_streams(case, "output.score", scores)
@@ -166,22 +159,6 @@ def replay_cen_convblock(case):
 
 # CMX -----------------------------------------------------------------------------------------------------------------
 
-GATE_NAMES = {
-    "channel_weights.mlp.0": "channel_fc1",
-    "channel_weights.mlp.2": "channel_fc2",
-    "spatial_weights.mlp.0": "spatial_fc1",
-    "spatial_weights.mlp.2": "spatial_fc2",
-}
-PATH_NAMES = {"in_proj": "channel_proj{}", "kv_proj": "cross_attn.kv{}", "out_proj": "end_proj{}", "norm": "norm{}"}
-EMBED_NAMES = {
-    "residual": "residual",
-    "channel_embed.0": "reduce",
-    "channel_embed.1": "dwconv",
-    "channel_embed.3": "expand",
-    "channel_embed.4": "expand_norm",
-    "norm": "norm",
-}
-
 
 def paired_streams(case) -> tuple[Tensor, tuple[int, int]]:
     maps = stacked(case, "input.x")
@@ -193,28 +170,11 @@ def replay_rectify(case):
     streams, grid = paired_streams(case)
     options = {name: case.config[name] for name in ("reduction", "lambda_c", "lambda_s")}
     fusion = RectifyFuseFusion(2, case.config["dim"], fuse="none", **options).to(case.dtype)
-    state = {}
-    for name, tensor in case.group("state").items():
-        place, _, leaf = name.rpartition(".")
-        state[f"{GATE_NAMES[place]}.{leaf}"] = tensor.flatten(1) if leaf == "weight" else tensor  # 1x1 as linear
+    state = {name.removeprefix("gates."): tensor for name, tensor in GATES.to_ours(case.group("state")).items()}
     fusion.gates.load_state_dict(state, strict=True)
     rectified, penalty = fusion(streams, BlockInputs(streams, grid))
     assert penalty is None
     check_streams(case, "output.x", rectified.transpose(2, 3).unflatten(3, grid))
-
-
-def fuse_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official names of the fuse step -> ours; the sides of the cross path are stacked."""
-    found = {}
-    for ours, official in PATH_NAMES.items():
-        for leaf in ("weight", "bias"):
-            sides = [state.pop(f"cross.{official.format(side)}.{leaf}", None) for side in (1, 2)]
-            if sides[0] is not None:
-                found[f"cross_path.{ours}.{leaf}"] = torch.stack(sides)
-    for name, tensor in state.items():
-        place, _, leaf = name.removeprefix("channel_emb.").rpartition(".")
-        found[f"channel_embed.{EMBED_NAMES[place]}.{leaf}"] = tensor
-    return found
 
 
 def replay_fuse(case):
@@ -223,8 +183,7 @@ def replay_fuse(case):
     dim, heads = case.config["dim"], case.config["num_heads"]
     options = {"fuse": "map", "reduction": case.config["reduction"], "head_width": dim // heads}
     fusion = RectifyFuseFusion(2, dim, **options).to(case.dtype).eval()
-    state = fuse_state(case.group("state"))
-    loaded = fusion.load_state_dict(state, strict=False)
+    loaded = fusion.load_state_dict(FUSE.to_ours(case.group("state")), strict=False)
     assert not loaded.unexpected_keys and all(name.startswith("gates.") for name in loaded.missing_keys)
     check_streams(case, "inter.cross", fusion.cross_path(streams))
     fused = fusion.fused_map(streams, BlockInputs(streams, grid))

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 from official_checkpoints import TEXT, official_checkpoint
+from official_mit import gemini_fusion_deliver, imagenet_mit
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForSemanticSegmentation
 
 from vitweave.cli import main
 from vitweave.configuration.multi_encoder_presets import multi_encoder_preset
@@ -61,3 +62,27 @@ def test_errors_are_one_line_and_leave_nothing(release, tmp_path: Path, capsys):
     with pytest.raises(SystemExit):
         main([*command, "--encoder", "clip"])
     assert "'clip' is not NUMBER=NAME" in capsys.readouterr().err
+
+
+def test_a_segmenter_of_several_sensors(tmp_path: Path, capsys):
+    save_file(gemini_fusion_deliver(3), tmp_path / "deliver.safetensors")
+    command = ["convert", str(tmp_path / "deliver.safetensors"), "--preset", "gemini-fusion-deliver"]
+    command += ["--out", str(tmp_path / "out"), "--modalities", "rgb", "depth", "lidar"]
+    assert main([*command, "--tower-only"]) == 2
+    assert "--tower-only mean nothing to 'gemini-fusion-deliver'" in capsys.readouterr().err
+    assert main([*command[:2], "--preset", "gemini-fuzion", *command[4:]]) == 2
+    assert "did you mean 'gemini-fusion'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "-> ModalityFusionForSemanticSegmentation" in printed and "one more than it reads" in printed
+    config = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out").config
+    assert config.modalities == ["rgb", "depth", "lidar"] and config.auxiliary == "max"
+
+
+def test_an_encoder_of_sensors(tmp_path: Path, capsys):
+    save_file(imagenet_mit(), tmp_path / "mit_b0.safetensors")
+    command = ["convert", str(tmp_path / "mit_b0.safetensors"), "--preset", "mit", "--out", str(tmp_path / "out")]
+    assert main([*command, "--modalities", "rgb", "thermal"]) == 0
+    assert "classifier of ImageNet" in capsys.readouterr().out
+    assert AutoModel.from_pretrained(tmp_path / "out").config.num_streams == 2
