@@ -16,9 +16,11 @@ from transformers import (
 from transformers import TrainingArguments as Arguments
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
+from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 from vitweave.modeling.ensemble import ModalityEnsemble
 from vitweave.modeling.losses import OhemThresholdLoss
 from vitweave.modeling.masked_batch_norm import MaskedBatchNorm2d
+from vitweave.modeling.modality_fusion.base import ModalityNorm
 from vitweave.modeling.modality_streams.present import keep_some
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_modality_fusion import (
@@ -26,6 +28,7 @@ from vitweave.modeling.modeling_modality_fusion import (
     ModalityFusionForSemanticSegmentation,
     ModalityFusionModel,
 )
+from vitweave.modeling.modeling_modality_translation import ModalityFusionForImageToImage
 
 CLASSES = (ModalityFusionModel, ModalityFusionBackbone, ModalityFusionForSemanticSegmentation)
 
@@ -264,3 +267,55 @@ def test_trainer_resumes_exactly(tmp_path):
     expected = whole.model.state_dict()
     assert not [name for name, value in resumed.model.state_dict().items() if not torch.equal(value, expected[name])]
     assert whole.predict(Pictures()).predictions.shape == (8, 5, 32, 40)  # the logits alone
+
+
+def test_one_map_of_all_streams_is_what_heads_read(no_grad):
+    options = {"fusion_type": "rectify_fuse", "fusion_options": {"fuse": "map", "head_width": 32}}
+    model, images = segmenter(**options), aligned()
+    output = model(images, labels=labels())
+    assert output.modality_logits is None and model.ensemble.alpha is None and output.logits.shape == (2, 5, 32, 40)
+    mask = torch.tensor([[1, 1], [0, 1]])
+    hidden = images.masked_fill(mask[..., None, None, None] == 0, float("nan"))
+    absent = model(hidden, mask, labels())
+    assert absent.logits.isfinite().all() and absent.loss.isfinite()
+    torch.testing.assert_close(absent.logits[0], output.logits[0], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(absent.logits[1], output.logits[1], atol=1e-3)
+    fused = model.modality_fusion.streams(images).fused
+    tokens = model.modality_fusion(images).last_hidden_state
+    assert torch.equal(tokens, fused[-1].flatten(2).transpose(1, 2))
+    backbone = ModalityFusionBackbone(mit_fusion(merge="concat", **options)).eval()
+    backbone.load_state_dict(model.modality_fusion.state_dict())
+    maps = backbone(images).feature_maps
+    assert backbone.num_features == [32, 32] and all(torch.equal(a, b) for a, b in zip(maps, fused, strict=True))
+
+
+def test_an_encoder_of_its_own_for_every_modality(no_grad):
+    encoder, images = SegformerModel(tiny_mit()).eval(), aligned()
+    options = {"modalities": NAMES[:2], "fusion_type": None}
+    shared = ModalityFusionModel.from_encoder(encoder, **options).eval()
+    own = ModalityFusionModel.from_encoder(encoder, shared_weights=False, **options).eval()
+    torch.testing.assert_close(own(images).last_hidden_state, shared(images).last_hidden_state)
+    before = own(images, output_hidden_states=True).hidden_states
+    for name, parameter in own.named_parameters():
+        if "q_proj.1." in name:
+            parameter.add_(torch.ones_like(parameter).cumsum(0) / 10)
+    after = own(images, output_hidden_states=True).hidden_states
+    for one, two in zip(before, after, strict=True):
+        assert torch.equal(one[:, 0], two[:, 0]) and not torch.equal(one[:, 1], two[:, 1])
+
+
+def test_norms_behind_convolutions_have_an_epsilon_of_their_own():
+    norms = {
+        name: part.eps
+        for name, part in ModalityFusionModel(mit_fusion(conv_norm_eps=1e-3)).named_modules()
+        if isinstance(part, ModalityNorm)
+    }
+    strided = {name for name in norms if "patch_embeddings" in name or "sequence_reduction" in name}
+    assert {norms[name] for name in strided} == {1e-3} and {norms[n] for n in norms.keys() - strided} == {1e-6}
+    decoder = ModalityFusionForSemanticSegmentation(mit_fusion(decoder_options={"norm_eps": 1e-3, "fuse_bias": True}))
+    assert decoder.decoder.norm.eps == 1e-3 and decoder.decoder.fuse.bias is not None
+    for changes in ({"shared_weights": False}, {"conv_norm_eps": 1e-5}):
+        with pytest.raises(ValueError, match="belong to a MiT, got them with a 'swin'"):
+            ModalityFusionConfig(stream_config={"model_type": "swin"}, **changes)
+    with pytest.raises(ValueError, match='take fuse="add"'):
+        ModalityFusionForImageToImage(mit_fusion(fusion_type="rectify_fuse", fusion_options={"fuse": "map"}))

@@ -92,7 +92,10 @@ def check_report(report: ConversionReport, model: PreTrainedModel, state: dict[s
     assert named | set(report.dropped) == set(state) and not named & set(report.dropped)
 
 
-@pytest.mark.parametrize("name", FILES)
+SLOW = ("deliver2", "deliver4")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FILES])
 def test_every_tensor_goes_there_and_back(name, tmp_path):
     release, make, dropped = FILES[name]
     state = make()
