@@ -3,6 +3,7 @@ import itertools
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from modality_models import NAMES, aligned, mit_fusion, stirred, tiny_mit
 from model_checks import check_saved_and_loaded_equal
 from transformers import (
@@ -315,7 +316,7 @@ def test_norms_behind_convolutions_have_an_epsilon_of_their_own():
     decoder = ModalityFusionForSemanticSegmentation(mit_fusion(decoder_options={"norm_eps": 1e-3, "fuse_bias": True}))
     assert decoder.decoder.norm.eps == 1e-3 and decoder.decoder.fuse.bias is not None
     for changes in ({"shared_weights": False}, {"conv_norm_eps": 1e-5}):
-        with pytest.raises(ValueError, match="belong to a MiT, got them with a 'swin'"):
+        with pytest.raises(StrictDataclassError, match="belong to a MiT, got them with a 'swin'"):
             ModalityFusionConfig(stream_config={"model_type": "swin"}, **changes)
     with pytest.raises(ValueError, match='take fuse="add"'):
         ModalityFusionForImageToImage(mit_fusion(fusion_type="rectify_fuse", fusion_options={"fuse": "map"}))
