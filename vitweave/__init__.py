@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 # Public names and where they are defined; imported when they are first asked for.
 PUBLIC = {
     "AttentiveProbe": "vitweave.modeling.heads.attentive_probe",
+    "AveragePrecision": "vitweave.training.detection_metrics",
     "CachedFeatures": "vitweave.training.feature_cache",
     "ClassificationAugmentation": "vitweave.processing.crop_augmentation",
     "ConfusionMatrix": "vitweave.training.metrics",
@@ -20,6 +21,7 @@ PUBLIC = {
     "DepthImageProcessor": "vitweave.processing.image_processing_depth",
     "DepthImageProcessorPil": "vitweave.processing.image_processing_pil_depth",
     "DepthMetrics": "vitweave.training.depth_metrics",
+    "DetectionDataset": "vitweave.training.detection_data",
     "Eva02DetBackbone": "vitweave.modeling.modeling_eva02_det",
     "Eva02DetConfig": "vitweave.configuration.configuration_eva02_det",
     "Eva02DetModel": "vitweave.modeling.modeling_eva02_det",
@@ -67,6 +69,7 @@ PUBLIC = {
     "VlmCollator": "vitweave.training.vlm_data",
     "VlmDataset": "vitweave.training.vlm_data",
     "VlmRecords": "vitweave.training.vlm_records",
+    "boxes_from_mask": "vitweave.processing.boxes",
     "cache_features": "vitweave.training.feature_cache",
     "compare_fusions": "vitweave.analysis.fusion_comparison",
     "convert_multi_encoder": "vitweave.modeling.convert_multi_encoder",
@@ -89,6 +92,7 @@ PUBLIC = {
     "train_attentive_probe": "vitweave.training.attentive_probes",
     "train_causal_tokenizer": "vitweave.training.small_language_model",
     "train_classification": "vitweave.training.classification",
+    "train_detection": "vitweave.training.detection",
     "train_depth": "vitweave.training.depth",
     "train_linear_probes": "vitweave.training.linear_probes",
     "train_retrieval": "vitweave.training.retrieval",
