@@ -47,6 +47,11 @@ def train_detection(
                 f"evaluating needs the detector's image processor, got {type(processor).__name__}: expected one with"
                 " post_process_object_detection"
             )
+        if args.world_size > 1:  # accelerate joins the first picture of one process with the first of the next
+            raise ValueError(
+                f"boxes cannot be gathered from {args.world_size} processes; train without eval_dataset, and evaluate in"
+                " one process"
+            )
         metrics = DetectionMetrics(processor, model.config.id2label, max_detections)
     trainer = build_trainer(
         model,
