@@ -49,8 +49,8 @@ def train_detection(
             )
         if args.world_size > 1:  # accelerate joins the first picture of one process with the first of the next
             raise ValueError(
-                f"boxes cannot be gathered from {args.world_size} processes; train without eval_dataset, and evaluate in"
-                " one process"
+                f"boxes cannot be gathered from {args.world_size} processes; train without eval_dataset there, and"
+                " evaluate in one"
             )
         metrics = DetectionMetrics(processor, model.config.id2label, max_detections)
     trainer = build_trainer(
