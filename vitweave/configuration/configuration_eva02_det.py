@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 
 from vitweave.configuration.configuration_base import VitweaveConfig
-from vitweave.configuration.encoder_facts import as_pair
+from vitweave.configuration.reductions import as_pair
 
 
 def resolve_window_blocks(blocks: str | list[int] | tuple[int, ...], num_layers: int) -> list[int]:

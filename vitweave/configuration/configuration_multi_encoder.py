@@ -11,6 +11,7 @@ from vitweave.configuration.encoder_configs import resolve_config
 from vitweave.configuration.encoder_facts import ENCODER_FACTS, encoder_facts, vision_part
 from vitweave.configuration.encoder_fusion_plans import FUSION_PLANS, FusionPlan, Grid
 from vitweave.configuration.encoder_options import EncoderOptions, output_of, read_options, size_for
+from vitweave.configuration.option_types import check_option_types
 from vitweave.configuration.reductions import as_pair
 
 
@@ -160,8 +161,10 @@ class MultiEncoderConfig(BackboneConfigMixin, VitweaveConfig):
         """The plan for images of `size` (height, width)."""
         if self.fusion_type not in FUSION_PLANS:
             raise ValueError(f"unknown fusion_type {self.fusion_type!r}; known: {sorted(FUSION_PLANS)}")
+        plan, options = FUSION_PLANS[self.fusion_type], self.fusion_options or {}
+        check_option_types(plan, options, f"the encoder fusion {self.fusion_type!r}")
         channels, grids = zip(*self.outputs_for(as_pair(size)), strict=True)
-        return FUSION_PLANS[self.fusion_type](channels, grids, self.hidden_size, **(self.fusion_options or {}))
+        return plan(channels, grids, self.hidden_size, **options)
 
     @property
     def num_tokens(self) -> int:

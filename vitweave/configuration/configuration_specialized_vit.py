@@ -4,6 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 
 from vitweave.configuration.configuration_base import VitweaveConfig
+from vitweave.configuration.reductions import as_pair
 
 BLOCK_FIELDS = ("norm_blocks", "qkv_blocks", "proj_blocks", "mlp_blocks")
 CHOICES = {
@@ -238,8 +239,3 @@ class SpecializedViTConfig(BackboneConfigMixin, VitweaveConfig):
             )
         if self.classifier_input == "cls_distilled" and self.num_cls_tokens != 2:
             raise ValueError(f"classifier_input='cls_distilled' needs num_cls_tokens=2, got {self.num_cls_tokens}")
-
-
-def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a size given as one number or as a pair."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

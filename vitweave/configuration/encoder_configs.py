@@ -4,6 +4,10 @@ from collections.abc import Callable
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from vitweave.configuration.config_entries import check_stored, without_auto_map
+
+STRUCTURE = ("attribute_map", "sub_configs", "sub_configs_defaults", "base_config_key", "has_no_defaults_at_init")
+
 
 def _eva02_det_vit() -> type[PreTrainedConfig]:
     from vitweave.configuration.configuration_eva02_det import Eva02DetConfig
@@ -65,10 +69,13 @@ def resolve_config(
     """
     if isinstance(config, PreTrainedConfig):
         return config
-    options = dict(config)
+    check_stored(config, role)
+    options = without_auto_map(dict(config))  # a part never brings code
     model_type = options.pop("model_type", None)
-    if model_type is None:
-        raise ValueError(f"{role} needs a 'model_type', e.g. 'dinov2'; got the keys {sorted(options)}")
+    if not isinstance(model_type, str):
+        raise ValueError(
+            f"{role} needs a 'model_type', e.g. 'dinov2'; got {model_type!r:.100} among the keys {sorted(map(str, config))}"
+        )
     if model_type in OWN_CONFIGS:
         options = {"transformers_version": saved_by} | options
         return OWN_CONFIGS[model_type]().from_dict(options)
@@ -77,4 +84,18 @@ def resolve_config(
             f"{role} has the unknown model_type {model_type!r}; known are the model types of the installed transformers"
             f" and {sorted(OWN_CONFIGS)}. If it belongs to another package, import that package first."
         )
-    return CONFIG_MAPPING[model_type].from_dict(options)
+    return native_config(CONFIG_MAPPING[model_type], options, role)
+
+
+def native_config(config_class: type[PreTrainedConfig], options: dict, role: str) -> PreTrainedConfig:
+    """A config of transformers from a dict, whose mistakes end there in errors of any kind."""
+    replaced = sorted(name for name in options if name in STRUCTURE or callable(getattr(config_class, name, None)))
+    if replaced:
+        raise ValueError(f"expected options of {config_class.__name__} in {role}, got {replaced[0]!r}, a part of the class")
+    try:
+        return config_class.from_dict(options)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
+        raise ValueError(
+            f"expected the options of a {config_class.__name__} in {role}, got some that it cannot be made from"
+            f" ({type(error).__name__}: {error})"
+        ) from error

@@ -340,7 +340,13 @@ def encoder_facts(config: PreTrainedConfig, class_token: str = "keep") -> Encode
             f"expected a config of a known vision encoder, got the model_type {config.model_type!r};"
             f" known: {sorted(ENCODER_FACTS)}, and 'timm_wrapper' once its model is built"
         )
-    facts = ENCODER_FACTS[config.model_type](config)
+    try:
+        facts = ENCODER_FACTS[config.model_type](config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"expected a config of a {config.model_type!r} encoder, got one whose layers cannot be told"
+            f" ({type(error).__name__}: {error})"
+        ) from error
     return facts if class_token == "keep" else without_class_token(facts)
 
 

@@ -1,12 +1,13 @@
 """How one encoder of several sees the images, and what is read of it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from transformers import PreTrainedConfig
 
 from vitweave.configuration.encoder_facts import EncoderFacts, encoder_facts
 from vitweave.configuration.encoder_fusion_plans import Grid
+from vitweave.configuration.option_types import check_option_types
 from vitweave.configuration.reductions import as_pair
 
 CHOICES = {
@@ -77,10 +78,13 @@ class EncoderOptions:
 
 def read_options(options: dict | None, index: int) -> EncoderOptions:
     """The options of encoder `index`; a misspelt one is refused by name."""
+    if not isinstance(options or {}, Mapping):
+        raise ValueError(f"expected encoder_options[{index}] to be a mapping or None, got {options!r:.100}")
     known = [field.name for field in fields(EncoderOptions)]
-    strange = sorted(set(options or {}) - set(known))
+    strange = sorted(set(map(str, options or {})) - set(known))
     if strange:
         raise ValueError(f"encoder_options[{index}] has no option {strange}; its options: {known}")
+    check_option_types(EncoderOptions, options or {}, f"encoder_options[{index}]")
     return EncoderOptions(**(options or {}))
 
 

@@ -39,4 +39,7 @@ def in_one(reductions: Sequence[Reduction]) -> Reduction:
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """A size that may be one number or (height, width), as (height, width)."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
+    if len(pair) != 2 or not all(isinstance(side, int) for side in pair):
+        raise ValueError(f"expected one number or (height, width), got {size!r:.100}")
+    return pair

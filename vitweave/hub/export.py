@@ -12,6 +12,7 @@ from huggingface_hub import CommitInfo, HfApi
 from transformers import ImageProcessingMixin, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 
+from vitweave.configuration.config_entries import without_auto_map
 from vitweave.configuration.image_tokens import count_image_tokens
 from vitweave.hub.card import CARD_FILE, CardInfo, model_card
 from vitweave.hub.families import (
@@ -238,17 +239,11 @@ def _move_into_place(staging: Path, folder: Path, work: Path) -> None:
 
 def _rewrite_json(path: Path, auto_map: dict, drop: tuple[str, ...] = ()) -> None:
     """Put our own `auto_map` into a saved JSON; one that came along, here or in a nested config, is dropped."""
-    settings = _without_auto_map(json.loads(path.read_text(encoding="utf-8")))
+    settings = without_auto_map(json.loads(path.read_text(encoding="utf-8")))
     settings = {name: value for name, value in settings.items() if name not in drop}
     if auto_map:
         settings["auto_map"] = auto_map
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _without_auto_map(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _without_auto_map(part) for key, part in value.items() if key != "auto_map"}
-    return [_without_auto_map(part) for part in value] if isinstance(value, list) else value
 
 
 def _verify(

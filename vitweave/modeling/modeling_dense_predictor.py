@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BackboneOutput, SemanticSegmenterOutpu
 from transformers.utils.generic import can_return_tuple
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
-from vitweave.configuration.configuration_specialized_vit import as_pair
+from vitweave.configuration.reductions import as_pair
 from vitweave.modeling.class_tokens import as_asked, class_token_request, class_tokens_of
 from vitweave.modeling.heads.registry import DEPTH_HEADS, SEGMENTATION_HEADS, build_segmentation_head
 from vitweave.modeling.losses import SegmentationLoss

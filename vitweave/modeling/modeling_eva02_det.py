@@ -11,7 +11,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from vitweave.configuration.configuration_eva02_det import Eva02DetConfig
-from vitweave.configuration.encoder_facts import as_pair
+from vitweave.configuration.reductions import as_pair
 from vitweave.modeling.eva02_det_layers import Eva02DetAttention, Eva02DetLayer, rotary_tables
 from vitweave.modeling.grid_matching import resample_positions
 from vitweave.modeling.pretrained import VitweavePreTrainedModel

@@ -3,7 +3,9 @@
 import difflib
 import inspect
 from collections.abc import Collection, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from vitweave.configuration.option_types import check_option_types
 
 Part = TypeVar("Part")
 
@@ -16,19 +18,22 @@ def closest(name: str, known: Collection[str]) -> str:
 
 def pick(table: Mapping[str, Part], name: str, role: str) -> Part:
     """The entry of a registry, or an error that lists the known names."""
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"unknown {role} {name!r}{closest(str(name), table)}; known: {sorted(table)}")
     return table[name]
 
 
-def check_options(part: type, options: Collection[str], given: Collection[str], owner: str) -> None:
-    """Refuse by name the options that the constructor of `part` does not take, and those it needs but did not get.
+def check_options(part: type, options: Mapping[str, Any], given: Collection[str], owner: str) -> None:
+    """Refuse by name the options that the constructor of `part` does not take, those it needs but did not get, and
+    values of another kind than it takes.
 
     Args:
-        options: names the user wrote.
+        options: what the user wrote.
         given: names of the arguments that the builder fills in itself.
         owner: what the options belong to, for the message, e.g. "the head 'linear'".
     """
+    if not isinstance(options, Mapping):
+        raise ValueError(f"expected the options of {owner} as a mapping, got {options!r:.100}")
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # all that nn.Module has to offer
     signature = inspect.signature(part).parameters
     arguments = {name: argument for name, argument in signature.items() if argument.kind not in variadic}
@@ -39,3 +44,4 @@ def check_options(part: type, options: Collection[str], given: Collection[str], 
     needed = [name for name in known if arguments[name].default is inspect.Parameter.empty and name not in options]
     if needed:
         raise ValueError(f"{owner} needs the options {needed}; got {sorted(options)}")
+    check_option_types(part, options, owner)

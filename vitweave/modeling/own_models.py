@@ -4,6 +4,7 @@ The imports stand inside the functions because composites import this module and
 self-contained bundle on the Hub, where nothing is registered, resolves its nested parts through here.
 """
 
+import torch
 from transformers import AutoBackbone, AutoModel, PreTrainedConfig, PreTrainedModel
 
 
@@ -64,7 +65,7 @@ def build_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The base model of a config (random weights): own types first, then `AutoModel`."""
     if config.model_type in OWN_MODELS:
         return OWN_MODELS[config.model_type]()["model"](config)
-    return AutoModel.from_config(config)
+    return build_native(AutoModel, config)
 
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
@@ -72,4 +73,17 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     own = OWN_MODELS.get(config.model_type, dict)()
     if "backbone" in own:
         return own["backbone"](config)
-    return AutoBackbone.from_config(config)
+    return build_native(AutoBackbone, config)
+
+
+def build_native(auto_class: type, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of transformers from its config; options it cannot be built with are refused, whatever they lead to."""
+    try:
+        return auto_class.from_config(config)
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError) as error:
+        raise ValueError(
+            f"expected a config of which {auto_class.__name__} builds a {config.model_type!r} model, got one that it"
+            f" cannot ({type(error).__name__}: {error})"
+        ) from error

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig, as_pair
+from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.configuration.reductions import as_pair
 from vitweave.modeling.grid_matching import resample_positions
 
 

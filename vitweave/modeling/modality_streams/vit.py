@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
-from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig, as_pair
+from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.configuration.reductions import as_pair
 from vitweave.modeling.modality_fusion.base import BlockInputs, ModalityFusion, ModalityNorm
 from vitweave.modeling.modality_streams.auxiliary import AuxiliaryMerge
 from vitweave.modeling.modality_streams.base import ModalityStreams, StreamOutput
