@@ -8,8 +8,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from types import NoneType
 
 import torch
+from transformers.activations import ACT2FN
 
 MAX_LABELS = 2**18  # the largest public data sets name about 200,000 classes
 MAX_LAYERS = 512  # the deepest released models have fewer than 200
@@ -33,7 +35,10 @@ SIZES = (
     (re.compile(r"(intermediate|ffn)_size|mlp_dim|d_ff"), 1, 2**24),
     (re.compile(r"(.*_)?(num_attention_|num_|_)heads?"), 1, 2**16),
     (re.compile(r"(.*_)?vocab_size"), 0, 2**26),
+    (re.compile(r"num_.*tokens"), 0, 2**20),
+    (re.compile(r"mlp_ratios?"), 0, 2**10),
 )
+ACTIVATIONS = ("hidden_act", "pooler_act", "hidden_activation", "activation_function")
 LISTED_FREELY = ("class_weights", "id2label", "label2id", "architectures")
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 EXPERTS = ("experts_implementation", "_experts_implementation", "_experts_implementation_internal")
@@ -131,6 +136,10 @@ def check_entry(name: str, value: object, role: str, largest: int = LARGEST) -> 
     """Refuse numbers that no model has: not a number, negative or huge where `SIZES` says what is possible."""
     if name in ("dtype", "torch_dtype"):
         check_dtype(name, value, role)
+    if name in ACTIVATIONS and isinstance(value, str) and value not in ACT2FN:
+        raise ValueError(f"expected {name} in {role} to be one of {sorted(ACT2FN)}, got {value!r:.100}")
+    if name in ("id2label", "label2id") and not isinstance(value, Mapping | NoneType):
+        raise ValueError(f"expected {name} in {role} to be a mapping, got {value!r:.100}")
     if not isinstance(name, str) or isinstance(value, str | bool) or value is None:
         return
     low, high = limits(name) or (-largest, largest)
@@ -141,7 +150,7 @@ def check_entry(name: str, value: object, role: str, largest: int = LARGEST) -> 
     numbers = [one for one in (value if is_list else [value]) if isinstance(one, int | float) and one is not True]
     if any(isinstance(one, float) and math.isnan(one) for one in numbers):
         raise ValueError(f"expected a number for {name} in {role}, got nan")
-    for one in (n for n in numbers if isinstance(n, int)):
+    for one in numbers if limits(name) else (n for n in numbers if isinstance(n, int)):
         if not low <= one <= high:
             raise ValueError(f"expected {name} in {role} from {low} to {high}, got {shown_number(one)}")
     if high == MAX_LAYERS and is_list and name in ("depth", "depths") and sum(map(abs, numbers)) > MAX_LAYERS:
@@ -173,9 +182,9 @@ def len_of(value: object) -> int:
     return len(value) if isinstance(value, Mapping | Sequence) else 0
 
 
-def shown_number(number: int) -> str:
-    """A whole number; one of very many digits by its size, which printing would refuse."""
-    return str(number) if abs(number) < 10**30 else f"a number of {number.bit_length()} bits"
+def shown_number(number: int | float) -> str:
+    """A number; a whole one of very many digits by its size, which printing would refuse."""
+    return str(number) if isinstance(number, float) or abs(number) < 10**30 else f"one of {number.bit_length()} bits"
 
 
 def check_dtype(name: str, value: object, role: str) -> None:

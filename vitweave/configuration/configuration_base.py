@@ -7,12 +7,14 @@ from dataclasses import fields
 from types import NoneType
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from vitweave.configuration.config_entries import check_option, check_stored
 
 logger = logging.getLogger(__name__)
 
+LONGEST_MESSAGE = 1000
 # Keywords that are no fields of PreTrainedConfig but that transformers itself reads or writes in a config.json.
 LIBRARY_KEYS = frozenset(
     [
@@ -43,7 +45,12 @@ class VitweaveConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """As in transformers; what a file says is checked first, the caller's own arguments come on top."""
         check_stored(config_dict, cls.__name__)
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            if len(str(error)) < LONGEST_MESSAGE:
+                raise
+            raise ValueError(f"{str(error)[:LONGEST_MESSAGE]} ...") from None  # it quotes the whole value
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike):
@@ -71,6 +78,10 @@ class VitweaveConfig(PreTrainedConfig):
         taken = [name for name in taken if name not in self.attribute_map and not is_settable(type(self), name)]
         if taken:
             raise ValueError(f"expected options of {type(self).__name__}, got {taken[0]!r}, a part of the class itself")
+        if extra.get("per_layer_config") is not None:
+            raise ValueError(
+                f"{type(self).__name__} has the same options for all layers, got a per_layer_config; remove it"
+            )
         for name in ("auto_map", "quantization_config", "pruned_heads"):
             if name in extra and not isinstance(extra[name], dict | NoneType) and not hasattr(extra[name], "to_dict"):
                 raise ValueError(f"expected {name} to be a mapping, got {extra[name]!r:.100}")

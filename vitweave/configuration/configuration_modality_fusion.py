@@ -9,6 +9,10 @@ from vitweave.configuration.encoder_configs import resolve_config
 from vitweave.configuration.encoder_facts import encoder_facts, vision_part
 
 STREAMS = {"segformer": "mit", "swin": "swin"}  # any other type is a plain ViT
+STAGE_LISTS = {
+    "mit": ("hidden_sizes", "depths", "num_attention_heads", "sr_ratios", "patch_sizes", "strides", "mlp_ratios"),
+    "swin": ("depths", "num_heads"),
+}
 CHOICES = {"auxiliary": ("pairwise", "max"), "ensemble": ("trained", "mean"), "merge": ("mean", "concat")}
 
 
@@ -115,6 +119,20 @@ class ModalityFusionConfig(BackboneConfigMixin, VitweaveConfig):
                 "shared_weights=False and conv_norm_eps belong to a MiT, got them with a"
                 f" {self.stream_config.model_type!r}"
             )
+
+    def validate_stages(self):
+        """Refuse a hierarchical encoder whose lists are not all as long as it has stages, or whose heads do not fit."""
+        if self.stream == "vit":
+            return
+        encoder, lists = self.stream_config, STAGE_LISTS[self.stream]
+        lengths = {name: len(getattr(encoder, name)) for name in lists}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"expected one entry per stage in {list(lists)} of the stream_config, got {lengths}")
+        facts = encoder_facts(encoder)
+        heads = encoder.num_heads if self.stream == "swin" else encoder.num_attention_heads
+        misfits = [(width, count) for width, count in zip(facts.hidden_sizes[1:], heads, strict=True) if width % count]
+        if misfits:
+            raise ValueError(f"expected heads that divide the channels of their stage, got (channels, heads) {misfits}")
 
     @property
     def stream(self) -> str:

@@ -29,7 +29,9 @@ def resolve_blocks(name: str, blocks: str | int | list[int] | tuple[int, ...], n
     named = {"all": num_layers, "first_third": num_layers // 3, "none": 0}
     if isinstance(blocks, str):
         if blocks not in named:
-            raise ValueError(f"{name} must be one of {sorted(named)}, a number of blocks or a list; got {blocks!r}")
+            raise ValueError(
+                f"{name} must be one of {sorted(named)}, a number of blocks or a list; got {blocks!r:.100}"
+            )
         blocks = named[blocks]
     if isinstance(blocks, int):
         if not 0 <= blocks <= num_layers:

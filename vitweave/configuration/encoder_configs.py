@@ -70,6 +70,8 @@ def resolve_config(
     if isinstance(config, PreTrainedConfig):
         return config
     check_stored(config, role)
+    if config.get("per_layer_config") is not None and role != "text_config":
+        raise ValueError(f"expected an encoder with the same options for all layers in {role}, got a per_layer_config")
     options = without_auto_map(dict(config))  # a part never brings code
     model_type = options.pop("model_type", None)
     if not isinstance(model_type, str):
@@ -81,7 +83,7 @@ def resolve_config(
         return OWN_CONFIGS[model_type]().from_dict(options)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"{role} has the unknown model_type {model_type!r}; known are the model types of the installed transformers"
+            f"{role} has the unknown model_type {model_type!r:.100}; known are the model types of the installed transformers"
             f" and {sorted(OWN_CONFIGS)}. If it belongs to another package, import that package first."
         )
     return native_config(CONFIG_MAPPING[model_type], options, role)
@@ -91,7 +93,9 @@ def native_config(config_class: type[PreTrainedConfig], options: dict, role: str
     """A config of transformers from a dict, whose mistakes end there in errors of any kind."""
     replaced = sorted(name for name in options if name in STRUCTURE or callable(getattr(config_class, name, None)))
     if replaced:
-        raise ValueError(f"expected options of {config_class.__name__} in {role}, got {replaced[0]!r}, a part of the class")
+        raise ValueError(
+            f"expected options of {config_class.__name__} in {role}, got {replaced[0]!r}, a part of the class"
+        )
     try:
         return config_class.from_dict(options)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError) as error:

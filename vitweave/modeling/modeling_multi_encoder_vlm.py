@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
@@ -40,7 +40,7 @@ class MultiEncoderVlmModel(MultiEncoderVlmPreTrainedModel):
             config.projector_type, config.vision_config.fused_size, width, **(config.projector_options or {})
         )
         self.image_newline = ImageNewline(width) if config.image_newline else None
-        self.language_model = AutoModel.from_config(config.text_config) if language_model is None else language_model
+        self.language_model = build_model(config.text_config) if language_model is None else language_model
         self.post_init()
         self.freeze()
 

@@ -4,8 +4,11 @@ The imports stand inside the functions because composites import this module and
 self-contained bundle on the Hub, where nothing is registered, resolves its nested parts through here.
 """
 
+from collections.abc import Mapping
+
 import torch
 from transformers import AutoBackbone, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING, MODEL_MAPPING
 
 
 def _eva02_det_vit() -> dict[str, type[PreTrainedModel]]:
@@ -65,7 +68,7 @@ def build_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The base model of a config (random weights): own types first, then `AutoModel`."""
     if config.model_type in OWN_MODELS:
         return OWN_MODELS[config.model_type]()["model"](config)
-    return build_native(AutoModel, config)
+    return build_native(AutoModel, MODEL_MAPPING, config)
 
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
@@ -73,11 +76,19 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     own = OWN_MODELS.get(config.model_type, dict)()
     if "backbone" in own:
         return own["backbone"](config)
-    return build_native(AutoBackbone, config)
+    return build_native(AutoBackbone, MODEL_FOR_BACKBONE_MAPPING, config)
 
 
-def build_native(auto_class: type, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of transformers from its config; options it cannot be built with are refused, whatever they lead to."""
+def build_native(auto_class: type, known: Mapping, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of transformers from its config, or an error; never one whose code the config names.
+
+    Args:
+        known: config class -> model class, of that Auto class.
+    """
+    if type(config) not in known:
+        raise ValueError(
+            f"expected a config that {auto_class.__name__} opens, got the model_type {config.model_type!r}"
+        )
     try:
         return auto_class.from_config(config)
     except torch.OutOfMemoryError:

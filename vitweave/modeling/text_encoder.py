@@ -4,8 +4,11 @@ import inspect
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
+
+from vitweave.modeling.own_models import build_native
 
 # a multiplier of full period modulo 2 ** 64 (Knuth); products of 64-bit integers wrap around
 HASH_FACTOR = 6364136223846793005
@@ -14,8 +17,8 @@ HASH_FACTOR = 6364136223846793005
 def build_text_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The text encoder of a config (random weights): of T5 and the like the encoder alone, otherwise `AutoModel`."""
     if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
-        return MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)]._from_config(config)
-    return AutoModel.from_config(config)
+        return build_native(AutoModelForTextEncoding, MODEL_FOR_TEXT_ENCODING_MAPPING, config)
+    return build_native(AutoModel, MODEL_MAPPING, config)
 
 
 def check_text_model(model: PreTrainedModel) -> None:
