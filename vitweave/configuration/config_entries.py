@@ -127,8 +127,8 @@ def check_places(found: Mapping, role: str) -> None:
     """Refuse entries whose weights or configs would be looked up elsewhere."""
     if found:
         raise ValueError(
-            f"expected a {role} that is complete, got {found!r:.200}: building a model neither downloads nor opens other"
-            " files. Give the config itself, or load those weights first and build from the loaded model"
+            f"expected a {role} that is complete, got {found!r:.200}: building a model neither downloads nor opens"
+            " other files. Give the config itself, or load those weights first and build from the loaded model"
         )
 
 

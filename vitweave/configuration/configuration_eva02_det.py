@@ -11,7 +11,7 @@ def resolve_window_blocks(blocks: str | list[int] | tuple[int, ...], num_layers:
     """Explicit, sorted indices of the windowed blocks; "two_of_three" leaves every third block global: 2, 5, 8, ..."""
     if isinstance(blocks, str):
         if blocks != "two_of_three":
-            raise ValueError(f"window_blocks must be 'two_of_three' or a list of block indices, got {blocks!r}")
+            raise ValueError(f"window_blocks must be 'two_of_three' or a list of block indices, got {blocks!r:.100}")
         return [index for index in range(num_layers) if index % 3 != 2]
     outside = [index for index in blocks if not 0 <= index < num_layers]
     if outside:

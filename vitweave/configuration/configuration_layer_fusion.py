@@ -96,5 +96,5 @@ def preset_layers(name: str, num_layers: int) -> list[int]:
         "clip_3_18_23": [3, 18, 23],
     }
     if name not in presets:
-        raise ValueError(f"unknown layer preset {name!r}; known: {list(LAYER_PRESETS)}, or give a list of layers")
+        raise ValueError(f"unknown layer preset {name!r:.100}; known: {list(LAYER_PRESETS)}, or give a list of layers")
     return sorted({max(1, layer) for layer in presets[name]})

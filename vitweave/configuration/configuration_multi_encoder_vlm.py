@@ -59,7 +59,7 @@ class MultiEncoderVlmConfig(VitweaveConfig):
         vision = resolve_config(
             self.vision_config or {"model_type": "multi_encoder_vision"}, "vision_config", self.transformers_version
         )
-        if not isinstance(getattr(vision, "encoder_configs", None), list):
+        if vision.model_type != MultiEncoderConfig.model_type:
             vision = tower_of_one(vision_part(vision))
         self.vision_config = vision
         text = resolve_config(self.text_config or {"model_type": "llama"}, role="text_config")

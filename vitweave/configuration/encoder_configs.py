@@ -76,7 +76,8 @@ def resolve_config(
     model_type = options.pop("model_type", None)
     if not isinstance(model_type, str):
         raise ValueError(
-            f"{role} needs a 'model_type', e.g. 'dinov2'; got {model_type!r:.100} among the keys {sorted(map(str, config))}"
+            f"{role} needs a 'model_type', e.g. 'dinov2'; got {model_type!r:.100} among the keys"
+            f" {sorted(map(str, config))}"
         )
     if model_type in OWN_CONFIGS:
         options = {"transformers_version": saved_by} | options

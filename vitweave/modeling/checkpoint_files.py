@@ -1,10 +1,11 @@
 """The files of a checkpoint: replaced as a whole, and refused with a reason when they cannot be read."""
 
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -76,6 +77,40 @@ def refuse_pickle(source: str | os.PathLike, subfolder: str):
         )
 
 
+def check_indices(source: str | os.PathLike, subfolder: str) -> None:
+    """Refuse a local folder whose index of shards is damaged, or names files outside of it or of another kind."""
+    for path in sorted(Path(source, subfolder).glob("*.safetensors.index*.json")):
+        read_index(path)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard of a `model.safetensors.index.json`, all of them safetensors beside it."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON in {path}, got a damaged file ({error}); copy or download it again") from None
+    shards = entries.get("weight_map") if isinstance(entries, dict) else None
+    if not isinstance(shards, dict) or not shards or not isinstance(entries.get("metadata"), dict):
+        raise ValueError(
+            f'expected {{"metadata": {{...}}, "weight_map": {{tensor: file}}}} in {path}, got something else; save the'
+            " model again"
+        )
+    for shard in set(map(str, shards.values())):
+        if not re.fullmatch(r"[^/\\\x00]+\.safetensors", shard):
+            raise ValueError(
+                f"expected {path} to name safetensors beside it, got {shard!r:.200}: weights are neither read from other"
+                " folders nor from pickles. Move the files together and name them there"
+            )
+    return shards
+
+
+def check_shards(files: Collection[str] | None) -> None:
+    """Refuse to open weights in another format than safetensors."""
+    others = [str(path) for path in files or () if not str(path).endswith(".safetensors")]
+    if others:
+        raise ValueError(f"expected safetensors, got {others[0]}; vitweave opens no other weights")
+
+
 def unreadable_weights(source: str | os.PathLike, subfolder: str, reason: SafetensorError) -> ValueError:
     """The error for weights that safetensors could not parse, with the file at fault where it is a local one."""
     at_fault = str(source)
@@ -99,4 +134,8 @@ def stored_model_type(source: str | os.PathLike, options: dict) -> tuple[bool, s
         stored, _ = PreTrainedConfig.get_config_dict(source, **{k: options[k] for k in HUB_OPTIONS if k in options})
     except OSError:  # none there: from_pretrained says so, or it is the folder of an adapter
         return False, None
+    except RecursionError:
+        raise ValueError(f"expected a config.json in {source}, got one nested too deep to be read") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"expected a mapping of options in the config.json of {source}, got {stored!r:.100}")
     return True, stored.get("model_type")

@@ -9,7 +9,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitweave.modeling.checkpoint_files import refuse_pickle, replace_when_done, stored_model_type, unreadable_weights
+from vitweave.modeling.checkpoint_files import (
+    check_indices,
+    check_shards,
+    refuse_pickle,
+    replace_when_done,
+    stored_model_type,
+    unreadable_weights,
+)
 from vitweave.modeling.tensor_names import repair_scopes, to_live_names
 
 
@@ -171,6 +178,7 @@ class VitweavePreTrainedModel(PreTrainedModel):
         if source is not None:  # None: the weights come as `state_dict`
             cls._refuse_other_model_type(source, kwargs)
             refuse_pickle(source, subfolder)
+            check_indices(source, subfolder)
         try:
             loaded = super().from_pretrained(source, *args, **kwargs)
         except SafetensorError as error:
@@ -197,6 +205,7 @@ class VitweavePreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        check_shards(checkpoint_files)
         repair_scopes(load_config.weight_mapping or [])
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vitweave.modeling.checkpoint_files import refuse_pickle
+from vitweave.modeling.checkpoint_files import read_index, refuse_pickle
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -63,8 +63,7 @@ class StoredTensors:
         if (folder / "config.json").is_file():
             self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if (folder / INDEX).is_file():
-            listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = sorted({folder / name for name in listed.values()})
+            files = sorted({folder / name for name in read_index(folder / INDEX).values()})
             absent = [path.name for path in files if not path.is_file()]
             if absent:
                 raise FileNotFoundError(f"{INDEX} in {folder} names files that are not there: {absent}")
