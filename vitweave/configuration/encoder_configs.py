@@ -84,8 +84,8 @@ def resolve_config(
         return OWN_CONFIGS[model_type]().from_dict(options)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"{role} has the unknown model_type {model_type!r:.100}; known are the model types of the installed transformers"
-            f" and {sorted(OWN_CONFIGS)}. If it belongs to another package, import that package first."
+            f"{role} has the unknown model_type {model_type!r:.100}; known are the model types of the installed"
+            f" transformers and {sorted(OWN_CONFIGS)}. If it belongs to another package, import that package first."
         )
     return native_config(CONFIG_MAPPING[model_type], options, role)
 

@@ -98,8 +98,8 @@ def read_index(path: Path) -> dict[str, str]:
     for shard in set(map(str, shards.values())):
         if not re.fullmatch(r"[^/\\\x00]+\.safetensors", shard):
             raise ValueError(
-                f"expected {path} to name safetensors beside it, got {shard!r:.200}: weights are neither read from other"
-                " folders nor from pickles. Move the files together and name them there"
+                f"expected {path} to name safetensors beside it, got {shard!r:.200}: weights are neither read from"
+                " other folders nor from pickles. Move the files together and name them there"
             )
     return shards
 

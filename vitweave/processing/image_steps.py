@@ -9,6 +9,8 @@ from transformers.image_utils import ChannelDimension, SizeDict, infer_channel_d
 
 from vitweave.processing.label_maps import divisor_padding, resized_size
 
+MAX_SIDE = 2**14
+SIZE_NAMES = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
 UNSUPPORTED = ("do_center_crop", "do_pad")  # options of ImagesKwargs that would be accepted and ignored
 
 
@@ -73,6 +75,18 @@ def check_channels(image, channels: int | None) -> None:
         )
 
 
+def check_sides(name: str, size) -> None:
+    """Refuse sides that no image has, of a `size` or a `size_divisor`."""
+    if size is None:
+        return
+    sides = [size] if isinstance(size, int | float) else size.values() if isinstance(size, dict) else list(size)
+    if hasattr(size, "shortest_edge"):
+        sides = [getattr(size, each, None) for each in SIZE_NAMES]
+    strange = [side for side in sides if side is not None and (not isinstance(side, int) or not 1 <= side <= MAX_SIDE)]
+    if strange:
+        raise ValueError(f"expected whole numbers of 1 to {MAX_SIDE} pixels as {name}, got {strange[0]!r:.100}")
+
+
 class PictureSteps:
     """Defaults of every image processor here, and single-channel arrays let through."""
 
@@ -82,6 +96,11 @@ class PictureSteps:
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
     do_convert_rgb = None
+
+    def _validate_preprocess_kwargs(self, **kwargs) -> None:
+        for name in ("size", "size_divisor", "patch_size"):
+            check_sides(name, kwargs.get(name))
+        super()._validate_preprocess_kwargs(**kwargs)
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3):
         """Let single-channel arrays (height, width) pass too, alone or in a list."""

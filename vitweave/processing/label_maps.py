@@ -7,6 +7,8 @@ from transformers.image_utils import SizeDict, get_image_size_for_max_height_wid
 
 LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # PIL modes with one integer per pixel
 
+MAX_CANVAS = 2**25  # pixels of one image: 5792 x 5792
+
 
 def read_label_map(label) -> np.ndarray:
     """Class ids of a PIL picture, array or tensor as int64 (height, width); palette pictures give their index."""
@@ -44,12 +46,29 @@ def check_label_range(labels: np.ndarray, num_labels: int, ignore_index: int) ->
 def resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]:
     """Height and width an image of `image_size` gets under the processor's `size`."""
     if size.height and size.width:
-        return size.height, size.width
-    if size.shortest_edge:
-        return get_size_with_aspect_ratio(image_size, size.shortest_edge, size.longest_edge)
-    if size.max_height and size.max_width:
-        return get_image_size_for_max_height_width(image_size, size.max_height, size.max_width)
-    raise ValueError(f"expected size with height and width, shortest_edge, or max_height and max_width, got {size}")
+        new_size = size.height, size.width
+    elif size.shortest_edge:
+        new_size = get_size_with_aspect_ratio(image_size, size.shortest_edge, size.longest_edge)
+    elif size.max_height and size.max_width:
+        new_size = get_image_size_for_max_height_width(image_size, size.max_height, size.max_width)
+    else:
+        raise ValueError(f"expected size with height and width, shortest_edge, or max_height and max_width, got {size}")
+    check_canvas(new_size, image_size)
+    return new_size
+
+
+def check_canvas(canvas: tuple[int, int], image_size: tuple[int, int]) -> None:
+    """Refuse a canvas that is larger than any model's input and many times its image, as of a very long, thin image.
+
+    Args:
+        canvas, image_size: (height, width) in pixels.
+    """
+    area = canvas[0] * canvas[1]
+    if min(canvas) < 1 or (area > MAX_CANVAS and area > 4 * image_size[0] * image_size[1]):
+        raise ValueError(
+            f"expected at most {MAX_CANVAS} pixels to make of an image of {image_size[0]}x{image_size[1]} (height x"
+            f" width), got {canvas[0]}x{canvas[1]}; choose another size, or cut a very long image into parts"
+        )
 
 
 def resize_nearest(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

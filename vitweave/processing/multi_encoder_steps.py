@@ -7,8 +7,9 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
 from vitweave.processing.figure_steps import as_pair, check_value_range
-from vitweave.processing.image_steps import PictureSteps
-from vitweave.processing.tiling import choose_grid, tile_boxes, tile_count, tiling_options
+from vitweave.processing.image_steps import PictureSteps, check_sides
+from vitweave.processing.label_maps import check_canvas
+from vitweave.processing.tiling import check_tile_pixels, choose_grid, tile_boxes, tile_count, tiling_options
 
 logger = logging.get_logger(__name__)
 
@@ -39,9 +40,12 @@ def check_tower_options(
     """Refuse options that contradict each other or would be accepted and ignored."""
     if size is None or not (size.height and size.width):
         raise ValueError(f"expected size as one number or {{'height': ..., 'width': ...}}, got {size}")
+    check_sides("size", size)
     if do_center_crop or do_pad:
         raise ValueError("do_center_crop and do_pad are not supported here; use do_pad_square or tiling")
-    if tiling_options(tiling) is not None:
+    options = tiling_options(tiling)
+    if options is not None:
+        check_tile_pixels(options["max_tiles"], size.height)
         if do_pad_square:
             raise ValueError("tiling stretches an image onto its grid of tiles; use do_pad_square=None or tiling=None")
         if do_resize is False or size.height != size.width:
@@ -164,6 +168,7 @@ class MultiEncoderSteps(PictureSteps):
         options = tiling_options(tiling)
         if options is None:
             if do_pad_square is not False:
+                check_canvas((max(image.shape[-2:]),) * 2, tuple(image.shape[-2:]))
                 image = self.pad_edges(image, square_margins(*image.shape[-2:]), self._mean_colour(image, **kwargs))
             return [self._fit(image, size, do_resize, resample)]
         side, (height, width) = size.height, image.shape[-2:]

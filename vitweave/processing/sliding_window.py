@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_WINDOWS = 100_000  # of one image
+
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
     """First pixel of each window along one axis; the last window ends exactly at the border."""
@@ -52,6 +54,11 @@ def sliding_window_logits(
     rows, columns = (
         window_starts(length, edge, step) for length, edge, step in zip(padded.shape[-2:], window, stride, strict=True)
     )
+    if len(rows) * len(columns) > MAX_WINDOWS:
+        raise ValueError(
+            f"expected at most {MAX_WINDOWS} windows per image, got {len(rows)}x{len(columns)} for {height}x{width}"
+            f" pixels; take a larger stride than {stride}"
+        )
     places = [(sample, top, left) for sample in range(batch) for top in rows for left in columns]
     total = None
     for first in range(0, len(places), batch_size):

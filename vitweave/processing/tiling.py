@@ -7,6 +7,7 @@ import PIL.Image
 from vitweave.processing.image_steps import picture_to_rgb
 
 MAX_TILES = 256  # of one image; released models take 40 at most
+MAX_TILE_PIXELS = 2**26  # of one image: 256 tiles of 512x512
 TILING_DEFAULTS = {"min_tiles": 1, "max_tiles": 12, "thumbnail": True}
 
 
@@ -29,17 +30,32 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ..
 
 def check_tiles(min_tiles: int, max_tiles: int) -> None:
     """Refuse tile counts that no image can have, or that no memory can hold."""
-    if min_tiles < 1 or max_tiles < min_tiles:
-        raise ValueError(f"expected 1 <= min_tiles <= max_tiles, got min_tiles={min_tiles} and max_tiles={max_tiles}")
+    whole = all(isinstance(count, int) and not isinstance(count, bool) for count in (min_tiles, max_tiles))
+    if not whole or not 1 <= min_tiles <= max_tiles:
+        raise ValueError(
+            f"expected whole numbers 1 <= min_tiles <= max_tiles, got min_tiles={min_tiles!r:.50} and"
+            f" max_tiles={max_tiles!r:.50}"
+        )
     if max_tiles > MAX_TILES:
         raise ValueError(f"expected max_tiles of at most {MAX_TILES}, got {max_tiles}; released models use 6 to 40")
+
+
+def check_tile_pixels(max_tiles: int, tile_size: int) -> None:
+    """Refuse tiles that together are larger than any image of a model; their pixels are all made at once."""
+    if max_tiles * tile_size**2 > MAX_TILE_PIXELS:
+        raise ValueError(
+            f"expected at most {MAX_TILE_PIXELS} pixels in all tiles, got {max_tiles} tiles of {tile_size}x{tile_size};"
+            " lower max_tiles or the size"
+        )
 
 
 def tiling_options(tiling: dict | None) -> dict | None:
     """The options with their defaults filled in, None for no tiling; unknown names are refused."""
     if tiling is None:
         return None
-    unknown = sorted(set(tiling) - set(TILING_DEFAULTS))
+    if not isinstance(tiling, dict):
+        raise ValueError(f"expected tiling as a mapping of options or None, got {tiling!r:.100}")
+    unknown = sorted(set(map(str, tiling)) - set(TILING_DEFAULTS))
     if unknown:
         raise ValueError(f"unknown tiling options {unknown}; known: {sorted(TILING_DEFAULTS)}")
     options = TILING_DEFAULTS | tiling

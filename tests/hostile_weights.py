@@ -141,7 +141,10 @@ def linked(folder: Path) -> None:
 REFUSED = {
     **{f"cut to {kept}": cut(kept) for kept in (0.0, 0.0001, 0.01, 0.2, 0.5, 0.999)},
     **{f"header length {n}": lying_length(n) for n in (0, 1, 2, 10**6, 2**31, 2**63, 2**64 - 1)},
-    **{f"offsets {a}:{b}": offsets(a, b) for a, b in ((0, 10**15), (10**15, 10**15 + 4), (4, 0), (0, 4), (2**63, 2**64 - 1))},
+    **{
+        f"offsets {a}:{b}": offsets(a, b)
+        for a, b in ((0, 10**15), (10**15, 10**15 + 4), (4, 0), (0, 4), (2**63, 2**64 - 1))
+    },
     **{f"dtype {name!r}": dtype(name) for name in ("I64", "F64", "BOOL", "F7", "", "F8_E4M3", 5, "C64")},
     **{f"shape {sizes!r}": shape(sizes) for sizes in ([], [-1], [2**62, 4], [0], "x", [1] * 1000)},
     "overlapping": overlapping,
@@ -159,9 +162,16 @@ REFUSED = {
     "index is nested": index("[" * 100_000),
     "weight_map is a list": index({"metadata": {}, "weight_map": ["a"]}),
     "weight_map of numbers": index(lambda folder, names: {"metadata": {}, "weight_map": dict.fromkeys(names, 5)}),
-    "missing shard": index(lambda folder, names: {"metadata": {}, "weight_map": dict.fromkeys(names, "no.safetensors")}),
+    "missing shard": index(
+        lambda folder, names: {"metadata": {}, "weight_map": dict.fromkeys(names, "no.safetensors")}
+    ),
     "shard outside": index(outside),
     "shard at an absolute path": index(absolute),
     "shard is a pickle": index(pickled),
 }
-ACCEPTED = {"unknown format": other_format, "whole numbers": dtype("I32"), "many tensors": many_tensors, "linked": linked}
+ACCEPTED = {
+    "unknown format": other_format,
+    "whole numbers": dtype("I32"),
+    "many tensors": many_tensors,
+    "linked": linked,
+}

@@ -1,6 +1,6 @@
 """Run some cases of `hostile_configs.py`, one after the other, and tell of each how it ended.
 
-    python tests/fuzz/run_configs.py SEED FIRST COUNT        prints one line of JSON per case
+    python tests/run_hostile_configs.py SEED FIRST COUNT        prints one line of JSON per case
 
 Each must end in a valid config, or in an error of a usual kind with a message; a valid one may be built without memory.
 """
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from hostile_configs import case, config_class_of
 from huggingface_hub.errors import StrictDataclassError
+from memory_use import reset_peak, resident
 from transformers.utils import logging
 
 from vitweave.auto import FAMILIES
@@ -34,16 +35,6 @@ class Hanging(BaseException):
 
 def interrupt(*_):
     raise Hanging(f"no end after {WALL_SECONDS} s")
-
-
-def memory(field: str) -> float:
-    """MiB of this process: VmRSS now, VmHWM at most since `reset_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def model_class_of(config_class: type, number: int) -> type:
@@ -74,19 +65,19 @@ def main(seed: int, first: int, count: int) -> None:
     signal.signal(signal.SIGALRM, interrupt)
     for family in sorted({case(seed, n)[0] for n in range(8)}):
         outcome(family, {}, 0)  # imports count for no case
-    used = int(memory("VmSize")) + 2048
+    used = int(resident("VmSize")) + 2048
     resource.setrlimit(resource.RLIMIT_AS, (used * MEBIBYTE, used * MEBIBYTE))
     for number in range(first, first + count):
         family, entries = case(seed, number)
         random.seed(0)
         reset_peak()
-        before, start = memory("VmRSS"), time.process_time()
+        before, start = resident("VmRSS"), time.process_time()
         signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
         try:
             ended, message = outcome(family, entries, number)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        seconds, grown = time.process_time() - start, memory("VmHWM") - before
+        seconds, grown = time.process_time() - start, resident("VmHWM") - before
         told = {"case": number, "family": family, "ended": ended, "message": message[:600]}
         print(json.dumps(told | {"seconds": round(seconds, 3), "mebibytes": round(grown)}), flush=True)
 
