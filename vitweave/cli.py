@@ -15,13 +15,14 @@ from vitweave.cli_convert import add_convert_command
 from vitweave.cli_cost import add_cost_command
 from vitweave.cli_search import add_index_command, add_search_command
 from vitweave.cli_specialize import add_specialize_command
-from vitweave.hub.command import add_export_command
+from vitweave.hub.command import add_export_command, add_verify_command
 
 COMMANDS = (
     add_specialize_command,
     add_convert_command,
     add_inspect_command,
     add_export_command,
+    add_verify_command,
     add_index_command,
     add_search_command,
     add_compare_command,

@@ -9,6 +9,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from vitweave.hub.checksums import sum_rows
+
 CARD_FILE = "vitweave_card.json"  # lies beside the model; a recipe writes it, the export reads it
 PIPELINE_TAGS = {
     "AutoModel": "image-feature-extraction",
@@ -74,7 +76,15 @@ TEMPLATE = """---
 {% for row in metrics %}| {{ row | join(" | ") }} |
 {% endfor %}{% else %}Not evaluated.
 {% endif %}
-## Limitations
+{% if checksums %}## Checksums
+
+SHA-256; `vitweave verify FOLDER`, or `sha256sum --check SHA256SUMS` in the folder, compares all files.
+
+| what | SHA-256 |
+| --- | --- |
+{% for what, digest in checksums %}| {{ what }} | `{{ digest }}` |
+{% endfor %}
+{% endif %}## Limitations
 
 {{ limitations }}
 
@@ -121,6 +131,7 @@ class CardInfo:
     limitations: str | None = None
     citation: str | None = None
     tags: list[str] = field(default_factory=list)
+    data_sha256: dict[str, str] = field(default_factory=dict)  # data set -> SHA-256, see `checksums.sha256`
 
     def __post_init__(self):
         self.metrics = [m if isinstance(m, CardMetric) else _build(CardMetric, m, "metric") for m in self.metrics]
@@ -161,7 +172,12 @@ def _build(kind: type, values: dict, role: str) -> "CardInfo | CardMetric":
 
 
 def model_card(
-    model: PreTrainedModel, auto_class: str, info: CardInfo, name: str, processor: bool = False
+    model: PreTrainedModel,
+    auto_class: str,
+    info: CardInfo,
+    name: str,
+    processor: bool = False,
+    sums: dict[str, str] | None = None,
 ) -> ModelCard:
     """Write the card of a model.
 
@@ -169,6 +185,7 @@ def model_card(
         auto_class: the Auto class that opens the model, e.g. "AutoModelForSemanticSegmentation".
         name: what `from_pretrained` is given: the repository, or the folder's name.
         processor: an image processor is published with the model.
+        sums: SHA-256 of the published files by name.
     """
     title = info.model_name or name.rpartition("/")[2]
     task = PIPELINE_TAGS.get(auto_class)
@@ -194,6 +211,7 @@ def model_card(
         training_data=info.training_data or f"Data sets: {', '.join(info.datasets) or 'not stated'}.",
         training_command=info.training_command,
         metrics=[_metric_row(metric) for metric in info.metrics],
+        checksums=[(_cell(what), digest) for what, digest in sum_rows(sums, info.data_sha256)] if sums else [],
         limitations=info.limitations or "None were studied. Images unlike the training data may give wrong results.",
         citation=info.citation or CITATION,
         licence=f"Weights: {info.license}." if info.license else "The licence of the weights is not stated.",

@@ -1,6 +1,7 @@
 """`vitweave export MODEL OUT`."""
 
 import argparse
+from pathlib import Path
 
 
 def add_export_command(subparsers: argparse._SubParsersAction) -> None:
@@ -17,6 +18,31 @@ def add_export_command(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--force", action="store_true", help="replace OUT if it already holds a model")
     parser.add_argument("--no-verify", action="store_true", help="skip the check that OUT loads without vitweave")
     parser.set_defaults(run=run_export)
+
+
+def add_verify_command(subparsers: argparse._SubParsersAction) -> None:
+    """Register the sub-command."""
+    parser = subparsers.add_parser(
+        "verify",
+        help="compare the files of a published model with their checksums",
+        description="Compare the files in FOLDER with the SHA256SUMS that `vitweave export` wrote there: changed,"
+        " missing and added ones are told. No code of FOLDER is run; the card names the commands that recompute its"
+        " metrics.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="an exported model")
+    parser.set_defaults(run=run_verify)
+
+
+def run_verify(args: argparse.Namespace) -> None:
+    """Check the sums, print how many files were compared and how the metrics are recomputed."""
+    from vitweave.hub.card import CardInfo
+    from vitweave.hub.checksums import check_sums
+
+    folder = Path(args.folder)
+    sums = check_sums(folder)
+    print(f"{folder}: {len(sums)} files as published")
+    for metric in CardInfo.load(folder).metrics:
+        print(f"{metric.name or metric.type} = {metric.value} on {metric.dataset}: recompute with {metric.command}")
 
 
 def run_export(args: argparse.Namespace) -> None:

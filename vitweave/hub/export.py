@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from vitweave.configuration.config_entries import without_auto_map
 from vitweave.configuration.image_tokens import count_image_tokens
 from vitweave.hub.card import CARD_FILE, CardInfo, model_card
+from vitweave.hub.checksums import write_sums
 from vitweave.hub.families import (
     Family,
     auto_class_of,
@@ -115,7 +116,8 @@ def write_bundle(
         (folder / file_name).write_text(text, encoding="utf-8")
     if info != CardInfo():
         info.save(folder)
-    model_card(model, auto_class, info, name, processor is not None).save(folder / "README.md")
+    sums = write_sums(folder)
+    model_card(model, auto_class, info, name, processor is not None, sums).save(folder / "README.md")
 
 
 def push_to_hub_with_code(
