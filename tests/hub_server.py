@@ -64,7 +64,8 @@ class Endpoints(BaseHTTPRequestHandler):
         elif "/commit/" in path:
             for line in body.splitlines():
                 self.keep(json.loads(line))
-            self.answer({"commitUrl": f"{self.server.url}{path}", "commitOid": COMMIT, "success": True})
+            name = "/".join(path.split("/")[3:5])
+            self.answer({"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
         else:
             self.answer({}, 200 if path == "/api/validate-yaml" else 404)
 
