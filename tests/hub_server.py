@@ -49,7 +49,8 @@ class Endpoints(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'someone'}/{asked['name']}"
-            self.server.created.append((name, asked.get("private")))
+            hidden = asked.get("private") or asked.get("visibility") == "private"  # older clients, newer ones
+            self.server.created.append((name, hidden))
             self.answer({"url": f"{self.server.url}/{name}", "name": name})
         elif "/preupload/" in path:
             named = [one["path"] for one in json.loads(body)["files"]]
