@@ -68,7 +68,7 @@ def test_a_file_switches_no_check_off():
 ATTACKS = (
     ({"model_type": "dpt", "backbone": "evil/repo"}, "a name to be looked up|complete"),
     ({"model_type": "timm_backbone", "backbone": "hf_hub:evil/repo"}, "complete"),
-    ({"model_type": "timm_wrapper", "architecture": "local-dir:/tmp/evil"}, "complete"),
+    ({"model_type": "timm_wrapper", "architecture": "local-dir:evil"}, "complete"),
     ({"model_type": "timm_wrapper", "architecture": "vit", "model_args": {"checkpoint_path": "../x.bin"}}, "complete"),
     ({"model_type": "detr", "use_pretrained_backbone": True}, "complete"),
     ({**VIT, "custom_pipelines": {"x": {"impl": "evil.Evil"}}}, "change code"),

@@ -21,6 +21,7 @@ STANDARD |= {
     "numbers",
     "os",
     "pathlib",
+    "random",
     "re",
     "shutil",
     "tempfile",

@@ -67,6 +67,7 @@ def check_stored(entries: Mapping, role: str) -> None:
 
 
 def is_mapping(value: object) -> bool:
+    """Whether a value has entries of its own."""
     return isinstance(value, Mapping)
 
 
@@ -179,6 +180,7 @@ def check_option(name: str, value: object, role: str) -> None:
 
 
 def len_of(value: object) -> int:
+    """How many entries a value has, 0 for one that is no collection."""
     return len(value) if isinstance(value, Mapping | Sequence) else 0
 
 

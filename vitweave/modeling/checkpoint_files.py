@@ -80,17 +80,21 @@ def refuse_pickle(source: str | os.PathLike, subfolder: str):
 def check_indices(source: str | os.PathLike, subfolder: str) -> None:
     """Refuse a local folder whose index of shards is damaged, or names files outside of it or of another kind."""
     for path in sorted(Path(source, subfolder).glob("*.safetensors.index*.json")):
-        read_index(path)
+        read_index(path, ("metadata", "weight_map"))
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> shard of a `model.safetensors.index.json`, all of them safetensors beside it."""
+def read_index(path: Path, needed: tuple[str, ...] = ("weight_map",)) -> dict[str, str]:
+    """Tensor name -> shard of a `model.safetensors.index.json`, all of them safetensors beside it.
+
+    Args:
+        needed: the entries it must have; transformers wants both, releases may go without metadata.
+    """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON in {path}, got a damaged file ({error}); copy or download it again") from None
     shards = entries.get("weight_map") if isinstance(entries, dict) else None
-    if not isinstance(shards, dict) or not shards or not isinstance(entries.get("metadata"), dict):
+    if not shards or not all(isinstance(entries.get(name), dict) for name in needed):
         raise ValueError(
             f'expected {{"metadata": {{...}}, "weight_map": {{tensor: file}}}} in {path}, got something else; save the'
             " model again"

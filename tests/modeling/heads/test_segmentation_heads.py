@@ -110,7 +110,11 @@ def test_options_reach_the_constructor():
         ("liner", None, "unknown head_type 'liner' .did you mean 'linear'.*known: .'linear', 'mlp', 'subpixel'"),
         ("linear", {"droput": 0.1}, "the head 'linear' has no option 'droput' .did you mean 'dropout'"),
         ("linear", {"num_labels": 4}, "no option 'num_labels'"),
-        ("mlp", {"width": 4}, r"its options: \['drop_channels', 'dropout', 'frozen_norm', 'hidden_size'\]"),
+        (
+            "mlp",
+            {"width": 4},
+            "its options: .*'drop_channels', 'dropout', 'frozen_norm', 'fuse_bias', 'hidden_size', 'norm_eps'",
+        ),
     ],
 )
 def test_unknown_names_are_refused(name, options, message):
