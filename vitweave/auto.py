@@ -52,6 +52,7 @@ from vitweave.modeling.modeling_specialized_vit import (
 )
 from vitweave.processing.image_processing_depth import DepthImageProcessor
 from vitweave.processing.image_processing_figure import FigureImageProcessor
+from vitweave.processing.image_processing_modality import ModalityImageProcessor
 from vitweave.processing.image_processing_multi_encoder import MultiEncoderImageProcessor
 from vitweave.processing.image_processing_pil_depth import DepthImageProcessorPil
 from vitweave.processing.image_processing_pil_figure import FigureImageProcessorPil
@@ -102,7 +103,7 @@ FAMILIES = (
             AutoModelForSemanticSegmentation: ModalityFusionForSemanticSegmentation,
             AutoModelForImageToImage: ModalityFusionForImageToImage,
         },
-        ({"pil": ModalityImageProcessorPil},),
+        ({"torchvision": ModalityImageProcessor, "pil": ModalityImageProcessorPil},),
     ),
     (
         MultiEncoderVlmConfig,

@@ -7,10 +7,18 @@ import PIL.Image
 import pytest
 import torch
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # top-level, 5.13 wants torchvision
+from transformers.utils import is_torchvision_available
 
+from vitweave.processing.image_processing_modality import ModalityImageProcessor
 from vitweave.processing.image_processing_pil_modality import ModalityImageProcessorPil
 from vitweave.processing.sensor_encodings import IMAGENET_MEAN, IMAGENET_STD
 
+needs_torchvision = pytest.mark.skipif(not is_torchvision_available(), reason="needs torchvision")
+BACKENDS = [
+    ModalityImageProcessorPil,
+    pytest.param(ModalityImageProcessor, marks=[pytest.mark.torchvision, needs_torchvision]),
+]
+both_backends = pytest.mark.parametrize("processor_class", BACKENDS)
 rng = np.random.default_rng(0)
 RGB = PIL.Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
 DEPTH = rng.uniform(1, 9, (24, 32)).astype(np.float32)
@@ -96,16 +104,17 @@ def test_one_geometry_for_all():
     torch.testing.assert_close(blended, torch.full((3, 12, 20), 0.3))
 
 
-def test_saved_and_opened_by_the_auto_class(tmp_path):
-    processor = ModalityImageProcessorPil(
+@both_backends
+def test_saved_and_opened_by_the_auto_class(processor_class, tmp_path):
+    processor = processor_class(
         {
             "rgb": {"encoding": "rgb"},
             "heat": {"encoding": "thermal", "value_range": [-20, 150], "scale": 0.04, "offset": -273.15},
         }
     )
     processor.save_pretrained(tmp_path)
-    loaded = AutoImageProcessor.from_pretrained(tmp_path)
-    assert type(loaded) is ModalityImageProcessorPil and loaded.to_dict() == processor.to_dict()
+    loaded = AutoImageProcessor.from_pretrained(tmp_path, backend=processor_class.backend)
+    assert type(loaded) is processor_class and loaded.to_dict() == processor.to_dict()
     heat = rng.integers(6500, 9000, (24, 32)).astype(np.uint16)
     sample = {"rgb": RGB, "heat": heat}
     assert torch.equal(loaded(sample)["pixel_values"], processor(sample)["pixel_values"])
@@ -146,3 +155,28 @@ def test_predictions_take_the_size_asked_for():
     assert [tuple(one.shape) for one in processor.post_process_semantic_segmentation(outputs)] == [(12, 20)] * 2
     found = processor.post_process_semantic_segmentation(outputs, [(24, 32), (6, 5)])
     assert [tuple(one.shape) for one in found] == [(24, 32), (6, 5)]
+
+
+@pytest.mark.torchvision
+@needs_torchvision
+@pytest.mark.parametrize(
+    "options", [{}, {"size": {"height": 12, "width": 20}}, {"size": {"height": 50, "width": 40}, "size_divisor": 32}]
+)
+@pytest.mark.parametrize("measure_resample", ["nearest", "bilinear"])
+def test_both_backends_agree(options, measure_resample, tmp_path):
+    first, second = (
+        made(measure_resample=measure_resample, **options)([{"rgb": RGB, "depth": DEPTH}, {"rgb": RGB}], [LABELS] * 2)
+        for made in (ModalityImageProcessor, ModalityImageProcessorPil)
+    )
+    torch.testing.assert_close(first["pixel_values"], second["pixel_values"], atol=1e-5, rtol=0)
+    assert torch.equal(first["pixel_values"][0, 1], second["pixel_values"][0, 1])
+    assert all(torch.equal(first[name], second[name]) for name in ("modality_mask", "labels"))
+    ModalityImageProcessorPil(**options).save_pretrained(tmp_path)
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is ModalityImageProcessor  # torchvision is there
+
+
+def test_the_torchvision_processor_says_what_to_use_without_torchvision():
+    if is_torchvision_available():
+        pytest.skip("torchvision is installed")
+    with pytest.raises(ImportError, match="use ModalityImageProcessorPil"):
+        ModalityImageProcessor()

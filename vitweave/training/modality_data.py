@@ -103,14 +103,14 @@ class ModalityDataset(EpochDataset):
     Args:
         samples: items with "images" (modality -> image or None) and "label", as `ModalityFolder` has them; or, of a
             `datasets.Dataset`, a column per modality.
-        processor: a `ModalityImageProcessorPil`.
+        processor: a `ModalityImageProcessor` or `ModalityImageProcessorPil`.
         augmentation: called as `augmentation(sample, epoch, index)`; None for evaluation.
         keep: modalities that are not hidden; None is all. To see what a model does without a sensor.
     """
 
     def __init__(self, samples: Sequence, processor, augmentation=None, keep=None, label_column: str = "label"):
         if not hasattr(processor, "modalities"):
-            raise ValueError(f"expected a ModalityImageProcessorPil, got {type(processor).__name__}")
+            raise ValueError(f"expected a ModalityImageProcessor, got {type(processor).__name__}")
         strange = sorted(set(keep or ()) - set(processor.modalities))
         if strange:
             raise ValueError(f"expected keep among {list(processor.modalities)}, got {strange}")

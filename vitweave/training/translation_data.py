@@ -4,18 +4,18 @@ from collections.abc import Sequence
 
 import torch
 
-from vitweave.processing.image_processing_pil_modality import ModalityImageProcessorPil
+from vitweave.processing.modality_steps import ModalitySteps
 from vitweave.training.modality_data import ModalityDataset
 from vitweave.training.modes import evaluating
 
 
-def target_processor(name: str, sensor: dict, like: ModalityImageProcessorPil) -> ModalityImageProcessorPil:
+def target_processor(name: str, sensor: dict, like: ModalitySteps) -> ModalitySteps:
     """Of the image that is to be drawn, with the geometry of the sensors': in [1, 2], and 0 where nothing was measured.
 
     Args:
         sensor: options of `Sensor`; its mean and std are not used.
     """
-    return ModalityImageProcessorPil(
+    return type(like)(
         {name: {**sensor, "mean": [-1.0] * 3, "std": [1.0] * 3}},
         size=like.size,
         size_divisor=like.size_divisor,
