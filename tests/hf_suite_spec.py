@@ -5,6 +5,7 @@ Read by a runner that builds transformers' test mixins around out-of-tree classe
 
 import copy
 import importlib
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
     SegformerConfig,
+    SwinConfig,
 )
 from transformers.utils import is_torchvision_available
 
@@ -44,6 +46,7 @@ from vitweave.modeling.modeling_modality_fusion import (
     ModalityFusionForSemanticSegmentation,
     ModalityFusionModel,
 )
+from vitweave.modeling.modeling_modality_translation import ModalityFusionForImageToImage
 from vitweave.modeling.modeling_multi_encoder import (
     MultiEncoderBackbone,
     MultiEncoderForImageClassification,
@@ -385,6 +388,26 @@ def modality_fusion(name: str, stream, **options) -> ModelSuiteSpec:
     )
 
 
+def tiny_swin() -> SwinConfig:
+    sizes = {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "mlp_ratio": 2, "window_size": 4}
+    return SwinConfig(image_size=32, patch_size=4, **sizes, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+
+
+def translation(name: str, **options) -> ModelSuiteSpec:
+    common = modality_fusion(name, tiny_mit, **options)
+    images = lambda config, inputs: {"labels": torch.rand_like(inputs["pixel_values"][:, 0])}  # noqa: E731
+    return replace(
+        common,
+        model_classes=[ModalityFusionForImageToImage],
+        base_model_classes=[],
+        backbone_classes=[],
+        segmentation_classes=[],
+        labels={ModalityFusionForImageToImage: images},
+        config_kwargs={"reconstruction_weight": 1.0},
+        config_common_properties=["reconstruction_weight"],
+    )
+
+
 def questions(batch: int = 13) -> dict:
     """Two words, an image of 25 tokens, five words."""
     words = torch.randint(5, 99, (batch, 32))
@@ -450,6 +473,10 @@ def specs() -> list[ModelSuiteSpec]:
             contrastive_loss="siglip",
         ),
         modality_fusion("modality_fusion_mit", tiny_mit, fusion_type="gemini"),
+        modality_fusion("modality_fusion_swin", tiny_swin, fusion_type="token_exchange"),
+        modality_fusion("modality_fusion_vit", tiny_dinov2, fusion_type="gemini"),
+        modality_fusion("modality_fusion_specialized_vit", tiny_vit, fusion_type="cross_attention"),
+        translation("modality_fusion_translation", fusion_type="token_exchange"),
         multi_encoder("multi_encoder_vision"),
         multi_encoder("multi_encoder_maps", backbone=True),
         vlm("multi_encoder_vlm"),
