@@ -92,6 +92,8 @@ class Subject:
             return {"labels": torch.randint(0, 3, pixels.shape[:1], generator=generator)}
         if self.model_class in (DensePredictorForSemanticSegmentation, ModalityFusionForSemanticSegmentation):
             return {"labels": torch.randint(0, 3, (pixels.shape[0], *pixels.shape[2:]), generator=generator)}
+        if self.model_class is ModalityFusionForImageToImage:
+            return {"labels": 2 * torch.rand(pixels.shape, generator=generator) - 1}
         if self.model_class is DensePredictorForDepthEstimation:
             return {"labels": 12 * torch.rand(pixels.shape[0], *pixels.shape[2:], generator=generator) - 3}
         if self.model_class is ImageTextRetrieverModel:
@@ -201,6 +203,7 @@ SUBJECTS = {
         ModalityFusionForSemanticSegmentation,
         lambda **changes: mit_fusion(**{"modalities": 3, "auxiliary": "max", "num_labels": 3} | changes),
     ),
+    "translator": Subject(ModalityFusionForImageToImage, mit_fusion),
     "retriever": Subject(ImageTextRetrieverModel, retriever(vit), unread=DEEPEST_PATCHES),
     "retriever-local": Subject(
         ImageTextRetrieverModel,
@@ -271,8 +274,7 @@ def assert_same(actual: list, expected: list, tolerance: float = 1e-6):
 
 def test_the_table_names_every_class():
     registered = {model for _, models, _ in FAMILIES for model in models.values()}
-    # test_multi_encoder_vlm.py and test_modality_translation.py
-    elsewhere = {MultiEncoderVlmForConditionalGeneration, MultiEncoderVlmModel, ModalityFusionForImageToImage}
+    elsewhere = {MultiEncoderVlmForConditionalGeneration, MultiEncoderVlmModel}  # test_multi_encoder_vlm.py
     assert registered == {subject.model_class for subject in SUBJECTS.values()} | elsewhere
 
 

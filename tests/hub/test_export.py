@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from modality_translators import tiny_generator
 from retrieval_models import retriever
 from safetensors.torch import load_file, save_file
 from tiny_vlm import CONVNEXT, tiny_tower, tiny_vlm_config, tiny_vlm_processor
@@ -31,6 +32,7 @@ from vitweave.hub.export import export, load_card, load_model, load_processor, p
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
 from vitweave.modeling.modeling_modality_fusion import ModalityFusionForSemanticSegmentation
+from vitweave.modeling.modeling_modality_translation import ModalityAdversarialTranslator
 from vitweave.modeling.modeling_multi_encoder import MultiEncoderModel
 from vitweave.modeling.modeling_multi_encoder_vlm import MultiEncoderVlmForConditionalGeneration
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification, SpecializedViTModel
@@ -256,6 +258,17 @@ def test_a_model_of_several_sensors_leaves_with_its_code(tmp_path, stream):
     model = ModalityFusionForSemanticSegmentation(config).eval()
     folder = export(model, tmp_path / "out", ModalityImageProcessorPil())  # loads it and compares the logits
     assert (folder / "modality_fusion_gemini.py").is_file()
+
+
+@pytest.mark.slow
+def test_a_model_that_draws_leaves_with_its_code_and_its_judge_stays(tmp_path):
+    model = tiny_generator()
+    folder = export(model, tmp_path / "out", ModalityImageProcessorPil())  # loads it and compares the images
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForImageToImage"].endswith(".ModalityFusionForImageToImage")
+    assert (folder / "modality_fusion_token_exchange.py").is_file()
+    with pytest.raises(ValueError, match=r"expected one of the classes.*ModalityFusionForImageToImage"):
+        export(ModalityAdversarialTranslator.around(model), tmp_path / "pair")
 
 
 def test_a_blocked_package_cannot_be_imported(monkeypatch):

@@ -216,3 +216,63 @@ def test_each_side_learns_from_its_own_loss(tmp_path):
     assert both(images, labels=labels).loss == generator(images, labels=labels).loss
     with pytest.raises(ValueError, match="checkpointing"):
         both.gradient_checkpointing_enable()
+
+
+def pair(**options) -> ModalityAdversarialTranslator:
+    return ModalityAdversarialTranslator.around(tiny_generator(**options))
+
+
+def test_a_pair_trains_compiled_and_in_half_precision():
+    images, labels = sensor_images(), target_images()
+    mask = torch.tensor([[True, False], [True, True]])
+    one = pair(fusion_type="gemini").train()
+    two = copy.deepcopy(one)
+    torch.compiler.reset()
+    losses = []
+    for run in (one, torch.compile(two, fullgraph=True, backend="eager")):
+        losses.append(run(images, mask, labels).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+    for (name, part), other in zip(one.named_parameters(), two.parameters(), strict=True):
+        if part.grad is not None:
+            torch.testing.assert_close(other.grad, part.grad, atol=1e-5, rtol=1e-3, msg=name)
+    half = copy.deepcopy(one).to(torch.bfloat16)
+    half.zero_grad()
+    loss = half(images.bfloat16(), mask, labels.bfloat16()).loss
+    loss.backward()
+    torch.testing.assert_close(loss.float(), losses[0], atol=0, rtol=0.05)
+    assert all(part.grad is None or part.grad.isfinite().all() for part in half.parameters())
+
+
+def test_adapters_of_a_pair_learn_on_both_sides(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base, images, labels = pair(), sensor_images(), target_images()
+    adapted = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).train()
+    for name, part in adapted.named_parameters():
+        if "lora_B" in name:
+            part.data += 0.1
+    adapted(pixel_values=images, labels=labels).loss.backward()
+    moved = {name.split(".")[2] for name, part in adapted.named_parameters() if part.grad is not None}
+    assert moved == {"generator", "discriminator"}
+    idle = [
+        n for n, part in adapted.named_parameters() if part.requires_grad and (part.grad is None or not part.grad.any())
+    ]
+    assert not idle
+    adapted.save_pretrained(tmp_path)
+    changed = adapted.eval()(pixel_values=images).reconstruction
+    assert not torch.allclose(changed, base.eval()(images).reconstruction)
+    merged = PeftModel.from_pretrained(base, tmp_path).eval().merge_and_unload()
+    torch.testing.assert_close(merged(images).reconstruction, changed, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_pair_is_exported_as_it_draws():
+    model, images, mask = pair().eval(), sensor_images(), torch.tensor([[True, False], [True, True]])
+    batch = torch.export.Dim("batch", min=1, max=8)
+    shapes = {"pixel_values": {0: batch}, "modality_mask": {0: batch}}
+    given = {"pixel_values": images, "modality_mask": mask}
+    program = torch.export.export(model, (), given, dynamic_shapes=shapes)
+    more, present = sensor_images(3, seed=4), torch.tensor([[True, False], [True, True], [False, True]])
+    found = program.module()(pixel_values=more, modality_mask=present)
+    torch.testing.assert_close(found.reconstruction, model(more, present).reconstruction, atol=1e-5, rtol=1e-5)
