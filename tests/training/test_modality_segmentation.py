@@ -14,6 +14,7 @@ from vitweave.training.modality_data import ModalityAugmentation, ModalityDatase
 from vitweave.training.modality_evaluation import evaluate_modalities
 from vitweave.training.segmentation import train_segmentation
 
+FUSIONS = ("gemini", "cross_attention", "token_exchange", "channel_exchange", "rectify_fuse")
 SENSORS = {"rgb": {"encoding": "rgb"}, "depth": {"encoding": "metres", "value_range": [0, 10], "invalid": 0}}
 
 
@@ -29,13 +30,13 @@ def scenes(count: int = 8) -> list[dict]:
     return found
 
 
-def build(**options) -> ModalityFusionForSemanticSegmentation:
+def build(sensors=SENSORS, **options) -> ModalityFusionForSemanticSegmentation:
     set_seed(0)
     small = SegformerConfig(
         hidden_sizes=[32, 32, 64, 64], depths=[1] * 4, num_attention_heads=[1, 1, 2, 2], sr_ratios=[4, 2, 1, 1]
     )
     config = ModalityFusionConfig(
-        modalities=list(SENSORS), stream_config=small, decoder_hidden_size=32, num_labels=2, **options
+        modalities=list(sensors), stream_config=small, decoder_hidden_size=32, num_labels=2, **options
     )
     return ModalityFusionForSemanticSegmentation(config)
 
@@ -79,3 +80,62 @@ def test_one_line_predictions_take_any_subset():
     assert predict_modalities(model, processor, depth=scene["depth"]).shape == (32, 48)
     with pytest.raises(ValueError, match="none of the modalities"):
         predict_modalities(model, processor, rgb=None)
+
+
+FOUR = {
+    **SENSORS,
+    "thermal": {"encoding": "thermal", "value_range": [0, 40]},
+    "event": {"encoding": "picture"},
+}
+
+
+def scenes_of_four(count: int = 4) -> list[dict]:
+    """What is near is warm, and its edges move."""
+    found = scenes(count)
+    for scene in found:
+        label = scene["label"]
+        scene["images"]["thermal"] = np.where(label, 30.0, 10.0).astype(np.float32)
+        edges = np.abs(np.diff(label.astype(np.int16), axis=1, prepend=0)) * 255
+        scene["images"]["event"] = np.repeat(edges.astype(np.uint8)[..., None], 3, axis=2)
+    return found
+
+
+@pytest.mark.parametrize("count", [3, 4])
+@pytest.mark.parametrize(
+    "fusion_type",
+    [name if name == "token_exchange" else pytest.param(name, marks=pytest.mark.slow) for name in FUSIONS],
+)
+def test_more_than_two_sensors_learn_and_every_subset_is_scored(fusion_type, count, tmp_path):
+    """A run that leaves sensors out, then all 7 or 15 subsets: what an absent one would show does not matter."""
+    names = list(FOUR)[:count]
+    sensors = {name: FOUR[name] for name in names}
+    model, processor = build(sensors, fusion_type=fusion_type, modality_dropout=0.4), ModalityImageProcessorPil(sensors)
+    before = {name: part.detach().clone() for name, part in model.named_parameters()}
+    data = ModalityDataset(shown(scenes_of_four(), names), processor, ModalityAugmentation(seed=1))
+    test = ModalityDataset(shown(scenes_of_four(2), names), processor)
+    arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4, "report_to": "none", "disable_tqdm": True}
+    arguments |= {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+    metrics = train_segmentation(model, data, test, processor, tmp_path, **arguments)
+    assert np.isfinite(metrics["train_loss"])
+    still = [name for name, part in model.named_parameters() if torch.equal(part, before[name])]
+    assert not still
+    model.eval()
+    for kept in (kept for number in range(1, count + 1) for kept in itertools.combinations(names, number)):
+        found = evaluate_modalities(model, test, kept)
+        assert 0 <= found["mean_iou"] <= 1, kept
+        test.keep = kept
+        item = test[0]
+        hidden = ~item["modality_mask"]
+        assert hidden.sum() == count - len(kept)
+        other = item["pixel_values"].clone()
+        other[hidden] = float("nan")
+        inputs = {"modality_mask": item["modality_mask"][None]}
+        with torch.no_grad():
+            one, two = (model(pixel_values=images[None], **inputs) for images in (item["pixel_values"], other))
+        assert torch.equal(one.logits, two.logits) and one.logits.isfinite().all(), kept
+        assert torch.equal(one.modality_logits, two.modality_logits) and not one.modality_logits[0, hidden].any()
+
+
+def shown(found: list[dict], names: list[str]) -> list[dict]:
+    """The scenes with some of their sensors."""
+    return [scene | {"images": {name: scene["images"][name] for name in names}} for scene in found]
