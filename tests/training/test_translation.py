@@ -84,11 +84,12 @@ def test_ssim_of_flat_images_is_its_formula():
     assert found.item() == pytest.approx((2 * one * two + first) / (one**2 + two**2 + first), abs=1e-6)
 
 
-def test_an_adversarial_run_is_resumed_and_leaves_the_generator(tmp_path):
-    whole, metrics = train(tmp_path / "whole", 4, adversarial=True)
+@pytest.mark.parametrize("adversarial", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_run_is_resumed_and_leaves_the_generator(adversarial, tmp_path):
+    whole, metrics = train(tmp_path / "whole", 4, adversarial=adversarial)
     assert {"train_loss", "loss", "mae", "mse", "psnr", "ssim"} <= metrics.keys()
-    train(tmp_path / "part", 2, adversarial=True)
-    resumed, _ = train(tmp_path / "part", 4, resume=True, adversarial=True)
+    train(tmp_path / "part", 2, adversarial=adversarial)
+    resumed, _ = train(tmp_path / "part", 4, resume=True, adversarial=adversarial)
     for (name, one), (_, other) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
     index = json.loads((tmp_path / "whole" / "config.json").read_text())

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from vitweave.modeling.modeling_modality_translation import ModalityAdversarialTranslator
+from vitweave.training.image_distances import ImageDistances
 from vitweave.training.paired_data import collate_pairs
 from vitweave.training.runs import build_trainer, check_datasets, resume_point, run, run_arguments
 from vitweave.training.translation_metrics import TranslationMetrics, drawn_images
@@ -16,6 +17,7 @@ def train_translation(
     output_dir: str | Path = "runs/translation",
     resume: bool = False,
     adversarial: bool = False,
+    distances: ImageDistances | None = None,
     callbacks=(),
     **arguments,
 ) -> dict[str, float]:
@@ -29,12 +31,13 @@ def train_translation(
         adversarial: train a discriminator with it (`ModalityAdversarialTranslator`), whose weights the checkpoints hold
             too. Adam's betas are 0.5 and 0.999 then, and gradients are not clipped. The model saved to `output_dir` at
             the end is the generator alone.
+        distances: adds fid and kid to the figures, e.g. `ImageDistances(EncoderFeatures("facebook/dinov2-base"))`.
         arguments: fields of `TrainingArguments` (max_steps, num_train_epochs, learning_rate, seed, ...), which replace
             the defaults of `run_arguments`; the learning rate is 2e-4.
 
     Returns:
         train_loss of the steps taken by this call and, with an eval_dataset, loss (the generator's own), mae, mse, psnr
-        and ssim, see `translation_metrics`.
+        and ssim, see `translation_metrics`, and what `distances` gives.
     """
     defaults = {"learning_rate": 2e-4}
     if adversarial:
@@ -51,7 +54,7 @@ def train_translation(
         eval_dataset,
         collate_pairs,
         processor,
-        TranslationMetrics(),
+        TranslationMetrics(distances),
         drawn_images,
         callbacks=callbacks,
     )

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitweave.training.image_distances import ImageDistances
+
 TRANSLATION_METRICS = ("mae", "mse", "psnr", "ssim")
 WINDOW, SIGMA = 11, 1.5  # of SSIM (doi:10.1109/TIP.2003.819861)
 STABILISERS = (0.01**2, 0.03**2)
@@ -65,24 +67,37 @@ def drawn_images(outputs, labels: Tensor) -> Tensor:
 
 
 class TranslationMetrics:
-    """`compute_metrics` of the Trainer with `batch_eval_metrics=True`: between batches it keeps one sum per figure."""
+    """`compute_metrics` of the Trainer with `batch_eval_metrics=True`: between batches it keeps one sum per figure.
 
-    def __init__(self):
+    Args:
+        distances: adds fid and kid, of the images with 0 where nothing was measured.
+    """
+
+    def __init__(self, distances: ImageDistances | None = None):
+        self.distances = distances
         self.reset()
 
     def reset(self) -> None:
+        if self.distances is not None:
+            self.distances.reset()
         self.sums = dict.fromkeys(TRANSLATION_METRICS, 0.0)
         self.counts = dict.fromkeys(TRANSLATION_METRICS, 0)
 
     def update(self, drawn: Tensor, real: Tensor) -> None:
         """Add images (batch, channels, height, width)."""
-        for name, values in translation_metrics(torch.as_tensor(drawn), torch.as_tensor(real)).items():
+        drawn, real = torch.as_tensor(drawn), torch.as_tensor(real)
+        if self.distances is not None:
+            measured = ~real.isnan()
+            self.distances.update((real.where(measured, -1) + 1) / 2, real=True)
+            self.distances.update((drawn.where(measured, -1) + 1) / 2, real=False)
+        for name, values in translation_metrics(drawn, real).items():
             self.sums[name] += values.nansum().item()
             self.counts[name] += int((~values.isnan()).sum())
 
     def compute(self) -> dict[str, float]:
-        """mae, mse, psnr (dB) and ssim; NaN of one that no image has."""
-        return {name: self.sums[name] / self.counts[name] if self.counts[name] else float("nan") for name in self.sums}
+        """mae, mse, psnr (dB) and ssim; NaN of one that no image has. With distances, fid and kid."""
+        means = {name: self.sums[name] / self.counts[name] if self.counts[name] else float("nan") for name in self.sums}
+        return means if self.distances is None else means | self.distances.compute()
 
     def __call__(self, prediction, compute_result: bool = True) -> dict[str, float]:
         self.update(prediction.predictions, prediction.label_ids)
