@@ -234,6 +234,15 @@ def test_attention_implementations_agree():
     torch.testing.assert_close(fused, eager, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["dinov2", "specialized"])
+def test_the_config_of_the_streams_tells_their_attention(kind):
+    config = ModalityFusionConfig(stream_config=STREAMS[kind](), fusion_type=None, attn_implementation="eager")
+    model = ModalityFusionModel(config)
+    assert model.config.stream_config._attn_implementation == "eager"
+    model.set_attn_implementation("sdpa")
+    assert model.config.stream_config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("kind", ["dinov2", "clip", "specialized", "relative"])
 def test_saved_and_loaded(kind, tmp_path):
     config = ModalityFusionConfig(stream_config=STREAMS[kind](), fusion_type="gemini", fusion_options={"num_heads": 2})

@@ -39,6 +39,7 @@ def vit_of_streams(config: ModalityFusionConfig) -> SpecializedViTConfig:
         family = find_family(stream)
         with torch.device("meta"):  # some facts are in no config
             vit = SpecializedViTConfig(**{**family.options(build_model(stream)), **VANILLA})
+        vit._attn_implementation = stream._attn_implementation
     if vit.class_attention_layers:
         raise ValueError("streams have no class-attention layers; expected class_attention_layers=0")
     vit.use_pooler, vit.use_mask_token = False, False
