@@ -9,7 +9,7 @@ from torch import nn
 from transformers import ViTConfig, ViTModel, set_seed
 
 from vitweave.training import image_distances
-from vitweave.training.image_distances import EncoderFeatures, ImageDistances, InceptionFeatures
+from vitweave.training.image_distances import EncoderFeatures, ImageDistances
 from vitweave.training.translation_metrics import TranslationMetrics
 
 WIDTH = 6
@@ -126,11 +126,10 @@ def test_features_of_another_shape_are_refused():
         ImageDistances(nn.Identity()).update(torch.zeros(2, 3, 16, 16), True)
 
 
-def test_without_the_library_the_extra_is_named(monkeypatch, tmp_path):
+def test_without_the_library_the_extra_is_named(monkeypatch):
     def missing(name: str):
         return None
 
     monkeypatch.setattr(image_distances.importlib.util, "find_spec", missing)
-    for build in (lambda: ImageDistances(Statistics()), lambda: InceptionFeatures(tmp_path / "weights.pth")):
-        with pytest.raises(ImportError, match=r"needs torchmetrics.*vitweave\[fid\]"):
-            build()
+    with pytest.raises(ImportError, match=r"needs torchmetrics.*vitweave\[fid\]"):
+        ImageDistances(Statistics())

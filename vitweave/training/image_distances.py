@@ -2,7 +2,6 @@
 
 import importlib.util
 import warnings
-from os import PathLike
 
 import torch
 import torch.nn.functional as F
@@ -54,27 +53,6 @@ class EncoderFeatures(nn.Module):
         return self.encoder((images - self.mean) / self.std).pooled.flatten(1)
 
 
-class InceptionFeatures(nn.Module):
-    """The 2048 features of the Inception network that published FID and KID figures use.
-
-    Args:
-        weights: the local file `pt_inception-2015-12-05-6726825d.pth` of torch-fidelity's releases; nothing is
-            downloaded.
-    """
-
-    def __init__(self, weights: str | PathLike):
-        super().__init__()
-        require("torchmetrics", "FID")
-        require("torch_fidelity", "FID by Inception")
-        from torchmetrics.image.fid import NoTrainInceptionV3
-
-        self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features (batch, 2048) of images (batch, 3, height, width) in [0, 1]."""
-        return self.network((images * 255).round().byte())
-
-
 class GivenFeatures(nn.Module):
     """Stands where torchmetrics wants an extractor: both distances are of features that were computed once."""
 
@@ -96,8 +74,8 @@ class ImageDistances:
     features of all images, and is the mean over subsets drawn with a seed of its own.
 
     Args:
-        features: maps images (batch, 3, height, width) in [0, 1] to (batch, features): `EncoderFeatures`,
-            `InceptionFeatures` or any other module; it is kept frozen in eval mode.
+        features: maps images (batch, 3, height, width) in [0, 1] to (batch, features): `EncoderFeatures` or any other
+            module, e.g. an Inception with the weights that published figures use; it is kept frozen in eval mode.
         kid_subsets, kid_subset_size: of KID; where there are fewer images, all are one subset.
     """
 
