@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved, ratio, row, write_results
+from timing import interleaved, keep_memory, ratio, row, write_results
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
@@ -76,6 +76,7 @@ def main():
     parser.add_argument("--profile", action="store_true", help="print the costliest operations of both")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(1)
     images = torch.randn(1, 2, 3, *((64, 96) if args.tiny else (480, 640)), device=DEVICE)
     peer = stock(args.tiny)
