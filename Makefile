@@ -5,6 +5,7 @@
 #   make test-fast         without the slow tests
 #   make test-floor        the fast tier on the oldest supported transformers
 #   make test-torchvision  the tests that need torchvision and timm, on the newest torch
+#   make docs              the documentation in build/site, from docs/ and the docstrings
 #   make lint | bench | clean
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ export TOKENIZERS_PARALLELISM := false
 test test-fast test-floor test-torchvision: export OMP_NUM_THREADS := 1
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo demo-retrieval test test-fast test-floor test-torchvision lint bench clean
+.PHONY: demo demo-retrieval test test-fast test-floor test-torchvision docs lint bench clean
 
 demo: .venv/stamp
 	.venv/bin/python examples/demo.py --out demo
@@ -39,6 +40,9 @@ test-floor: .venv-floor/stamp
 test-torchvision: .venv-torchvision/stamp
 	.venv-torchvision/bin/python $(PYTEST) $(TESTS) -m torchvision
 
+docs: .venv-docs/stamp
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 lint: .venv/stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -47,12 +51,19 @@ bench: .venv/stamp
 	for script in benchmarks/*.py; do .venv/bin/python $$script || exit 1; done
 
 clean:
-	rm -rf .venv .venv-floor .venv-torchvision build dist demo demo-retrieval runs *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-docs .venv-floor .venv-torchvision build dist demo demo-retrieval runs *.egg-info .pytest_cache .ruff_cache
 
 .venv/stamp: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "vitweave needs Python >= 3.10, got " + sys.version)'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q --no-input -c constraints.txt -e ".[dev,viz]"
+	touch $@
+
+# The docstrings are read, not imported, so the site needs neither torch nor vitweave.
+.venv-docs/stamp: setup.cfg
+	$(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c 'import configparser as c; p = c.ConfigParser(); p.read("setup.cfg"); \
+	  print(p["options.extras_require"]["docs"])' | .venv-docs/bin/python -m pip install -q --no-input -r /dev/stdin ruff
 	touch $@
 
 # The floor shares the packages of .venv (by path) and puts the oldest supported transformers in front of them.
