@@ -21,7 +21,19 @@ from vitweave.modeling.modeling_multi_encoder_vlm import MultiEncoderVlmForCondi
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
 from vitweave.training.synthetic_figures import write_figures
 
-SLOW = {"README.md", "docs/vision_language.md", "docs/recipes.md", "docs/retrieval.md", "docs/segmentation.md"}
+SLOW = {"README.md"} | {
+    f"docs/{name}.md"
+    for name in (
+        "classification",
+        "feature_cache",
+        "modality_fusion",
+        "publishing",
+        "recipes",
+        "retrieval",
+        "segmentation",
+        "vision_language",
+    )
+}
 
 
 def name_of(page: Path) -> str:
@@ -63,6 +75,7 @@ def few_pictures() -> dict:
 PRELUDES: dict[str, dict[str, Callable[[], dict]]] = {
     "README.md": {
         "Depth": depth_model,
+        "Layer fusion": lambda: {"pixel_values": torch.randn(1, 3, 224, 224)},
         "Encoder fusion": encoders,
         "Vision-language models over several encoders": lambda: language_model() | figures(),
     },
