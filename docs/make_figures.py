@@ -137,7 +137,7 @@ def draw_cost_feature_cache():
 
 
 def draw_cost_encoder_fusions():
-    groups = {"patch_info_mining": [], "mr_adapter": [], "spatial_vision_aggregator": []}
+    groups = {"patch_info_mining": [], "mr_adapter": [], "spatial_vision_aggregator": [], "channel_concat": []}
     for what, row in rows_of("encoder_fusions").items():
         if what.endswith(": time"):
             name, rest = what.removesuffix(": time").split(" ", 1)

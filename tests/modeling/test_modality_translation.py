@@ -133,6 +133,7 @@ def test_saved_and_loaded(tmp_path):
     assert torch.equal(auto.eval()(images).reconstruction, model(images).reconstruction)
 
 
+@pytest.mark.slow
 def test_compiled_and_half_precision():
     model, images = tiny_generator(), sensor_images()
     mask = torch.tensor([[True, False], [True, True]])
@@ -222,6 +223,7 @@ def pair(**options) -> ModalityAdversarialTranslator:
     return ModalityAdversarialTranslator.around(tiny_generator(**options))
 
 
+@pytest.mark.slow
 def test_a_pair_trains_compiled_and_in_half_precision():
     images, labels = sensor_images(), target_images()
     mask = torch.tensor([[True, False], [True, True]])
