@@ -1,10 +1,8 @@
 """What each process of a two-process training runs; a file of its own, so that spawned processes can import it."""
 
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from retrieval_models import pairs, retriever
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
@@ -52,15 +50,8 @@ def train(model: torch.nn.Module, batches: list[dict]) -> list[float]:
 
 
 def run_process(rank: int, folder: str):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=len(COUNTS), timeout=timedelta(seconds=60)
-    )
-    try:
-        for name, (chunk_size, options) in VARIANTS.items():
-            model = cache_gradients(retriever(**options).train(), chunk_size)
-            losses = train(DistributedDataParallel(model), [shard(joint_batch(step), rank) for step in range(STEPS)])
-            state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-            save_file(state | {"losses": torch.tensor(losses)}, Path(folder, f"{name}-{rank}.safetensors"))
-    finally:
-        dist.destroy_process_group()
+    for name, (chunk_size, options) in VARIANTS.items():
+        model = cache_gradients(retriever(**options).train(), chunk_size)
+        losses = train(DistributedDataParallel(model), [shard(joint_batch(step), rank) for step in range(STEPS)])
+        state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+        save_file(state | {"losses": torch.tensor(losses)}, Path(folder, f"{name}-{rank}.safetensors"))

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from processes import in_processes
 from retrieval_models import retriever
 from retrieval_processes import STEPS, VARIANTS, joint_batch, run_process, train
 from safetensors.torch import load_file
-from torch.multiprocessing import spawn
 
 from vitweave.modeling.gather import gather_rows, pad_to
 
@@ -12,7 +12,7 @@ from vitweave.modeling.gather import gather_rows, pad_to
 def trained(tmp_path_factory):
     """The weights and losses of two processes that trained every variant."""
     folder = tmp_path_factory.mktemp("processes")
-    spawn(run_process, (str(folder),), nprocs=2)
+    in_processes(run_process, folder)
     return {name: [load_file(folder / f"{name}-{rank}.safetensors") for rank in (0, 1)] for name in VARIANTS}
 
 

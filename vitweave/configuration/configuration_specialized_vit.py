@@ -20,6 +20,14 @@ CHOICES = {
     "cls_init": ("independent", "equal"),
 }
 
+COLUMNS, ROWS = "colwise", "rowwise"  # tensor parallelism: a process owns some outputs, or some inputs, of a Linear
+PARALLEL_LINEARS = {
+    **{f"attention.{part}_proj{twin}": COLUMNS for part in "qkv" for twin in ("", "_cls", "_cls_up")},
+    **{f"attention.o_proj{twin}": ROWS for twin in ("", "_cls", "_cls_down")},
+    **{f"mlp.{name}{twin}": COLUMNS for name in ("fc1", "gate_proj", "up_proj") for twin in ("", "_cls", "_cls_up")},
+    **{f"mlp.{name}{twin}": ROWS for name in ("fc2", "down_proj") for twin in ("", "_cls", "_cls_down")},
+}
+
 
 def resolve_blocks(name: str, blocks: str | int | list[int] | tuple[int, ...], num_layers: int) -> list[int]:
     """Explicit, sorted block indices of "all", "first_third", "none", an int k (the first k blocks) or a list.
@@ -90,6 +98,12 @@ class SpecializedViTConfig(BackboneConfigMixin, VitweaveConfig):
     """
 
     model_type = "specialized_vit"
+    # a model drops the rules of layers that it does not have
+    base_model_tp_plan = {
+        f"encoder.{stage}.*.{name}": style
+        for stage in ("layer", "class_layer")
+        for name, style in PARALLEL_LINEARS.items()
+    }
 
     hidden_size: int = 768
     num_hidden_layers: int = 12

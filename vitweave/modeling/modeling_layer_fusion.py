@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_tuple
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.modeling.encoded_images import EncodedImages, decode_layers, encode_features, read_layers
 from vitweave.modeling.layer_fusion.base import FusedTokens, LayerTokens
-from vitweave.modeling.layer_fusion.registry import build_layer_fusion
+from vitweave.modeling.layer_fusion.registry import LAYER_FUSIONS, build_layer_fusion
 from vitweave.modeling.pretrained import VitweavePreTrainedModel, keep_weights
 from vitweave.modeling.tokens import tokens_to_map
 from vitweave.modeling.vision_encoder import VisionEncoder, VisionFeatures, find_vision_model
@@ -24,6 +24,7 @@ class LayerFusionPreTrainedModel(VitweavePreTrainedModel):
     config: LayerFusionConfig
     config_class = LayerFusionConfig
     base_model_prefix = "layer_fusion"
+    _no_split_modules = sorted(fusion.__name__ for fusion in LAYER_FUSIONS.values())
 
 
 class LayerFusionTrunk(LayerFusionPreTrainedModel):

@@ -13,7 +13,7 @@ from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfi
 from vitweave.configuration.encoder_options import EncoderOptions, size_for
 from vitweave.configuration.reductions import as_pair
 from vitweave.modeling.encoder_fusion.base import EncoderMaps
-from vitweave.modeling.encoder_fusion.registry import build_encoder_fusion
+from vitweave.modeling.encoder_fusion.registry import ENCODER_FUSIONS, build_encoder_fusion
 from vitweave.modeling.grid_matching import (
     bicubic_antialias,
     bilinear,
@@ -38,6 +38,8 @@ class MultiEncoderPreTrainedModel(VitweavePreTrainedModel):
     config: MultiEncoderConfig
     config_class = MultiEncoderConfig
     base_model_prefix = "multi_encoder"
+    # one that injects also runs between the blocks of an encoder
+    _no_split_modules = sorted(fusion.__name__ for fusion in ENCODER_FUSIONS.values() if not fusion.injects)
 
     @classmethod
     def from_encoders(cls, encoders: Sequence[PreTrainedModel], **options) -> "MultiEncoderPreTrainedModel":

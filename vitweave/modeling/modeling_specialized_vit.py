@@ -73,6 +73,12 @@ class SpecializedViTPreTrainedModel(VitweavePreTrainedModel):
 
         return to_vanilla(self, strict)
 
+    def post_init(self):
+        super().post_init()
+        if self.config.attention_bias or self.config.relative_position_bias:
+            # both hold something for every head, so that no process can do with some of the heads
+            self._tp_plan = {name: style for name, style in self._tp_plan.items() if ".attention." not in name}
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

@@ -1,6 +1,7 @@
 """The safe base class of every vitweave model."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,17 @@ class VitweavePreTrainedModel(PreTrainedModel):
     def post_init(self):
         self._check_sub_models()
         super().post_init()
+        self._drop_hints_of_absent_modules()
+
+    def _drop_hints_of_absent_modules(self):
+        """Keep those split hints and rules of tensor parallelism that name something in this very model.
+
+        A class lists the blocks of all its options, and FSDP's wrapping refuses a name that it does not find.
+        """
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+        names = (name for kind in (self.named_modules(), self.named_parameters()) for name, _ in kind)
+        found = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names}
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in found}
 
     def _check_sub_models(self):
         """Refuse the places where a sub-model is lost: in a module list, and under a name like the base model's."""

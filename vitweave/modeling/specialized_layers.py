@@ -67,9 +67,9 @@ class SpecializedViTAttention(nn.Module):
             self.bias_v = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
 
     def project(self, name: str, hidden_states: Tensor) -> Tensor:
-        """(batch, tokens, hidden) -> (batch, heads, tokens, head size)."""
+        """(batch, tokens, hidden) -> (batch, heads, tokens, head size); of the heads of this process, if distributed."""
         projected = by_role(self, name, self.num_cls_rows, hidden_states)
-        return projected.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+        return projected.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(
         self,
@@ -218,7 +218,7 @@ class ClassAttention(nn.Module):
 
     def forward(self, tokens: Tensor, num_cls: int, attention_mask: Tensor | None, **kwargs) -> tuple[Tensor, Tensor]:
         """(batch, tokens, hidden) -> (batch, num_cls, hidden)."""
-        heads = (self.num_heads, self.head_dim)
+        heads = (-1, self.head_dim)  # of this process, if distributed
         query = self.q_proj(tokens[:, :num_cls]).unflatten(2, heads).transpose(1, 2)
         key = self.k_proj(tokens).unflatten(2, heads).transpose(1, 2)
         value = self.v_proj(tokens).unflatten(2, heads).transpose(1, 2)

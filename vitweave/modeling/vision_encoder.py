@@ -127,6 +127,8 @@ class VisionEncoder(nn.Module):
             setattr(self, name, getattr(model, name, None))
         tied = getattr(model, "all_tied_weights_keys", {})
         self.all_tied_weights_keys = {f"model.{key}": f"model.{value}" for key, value in tied.items()}
+        plan = getattr(model, "_tp_plan", None) or {}
+        self._tp_plan = {f"model.{name}": style for name, style in plan.items()}
 
     @classmethod
     def from_pretrained(
