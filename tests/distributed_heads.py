@@ -130,9 +130,7 @@ def build(name: str) -> nn.Module:
 def share(inputs: dict[str, Tensor], rank: int, world_size: int) -> dict[str, Tensor]:
     """The rows of one process; a number that counts for all stays."""
     rows = BATCH // world_size
-    return {
-        name: value[rank * rows : (rank + 1) * rows] if value.ndim else value for name, value in inputs.items()
-    }
+    return {name: value[rank * rows : (rank + 1) * rows] if value.ndim else value for name, value in inputs.items()}
 
 
 def wrapped(model: nn.Module, kind: str) -> nn.Module:

@@ -77,6 +77,7 @@ class VitweavePreTrainedModel(PreTrainedModel):
         A class lists the blocks of all its options, and FSDP's wrapping refuses a name that it does not find.
         """
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+        self._no_split_modules |= self._wrapped_embeddings()
         names = (name for kind in (self.named_modules(), self.named_parameters()) for name, _ in kind)
         found = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names}
         self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in found}
@@ -98,6 +99,19 @@ class VitweavePreTrainedModel(PreTrainedModel):
                     f"{type(self).__name__}.{name} begins with its base_model_prefix {prefix!r}: transformers would not"
                     " translate its tensor names. Rename one of the two."
                 )
+
+    def _wrapped_embeddings(self) -> set[str]:
+        """The class of the input embeddings where they lie inside a module that is not split.
+
+        accelerate gives them to FSDP2 after those modules, which torch refuses, unless the hints name them, too.
+        """
+        try:
+            embeddings = self.get_input_embeddings()
+        except NotImplementedError:  # some parts of a model have none
+            return set()
+        parts = [part for part in self.modules() if type(part).__name__ in self._no_split_modules]
+        inside = any(module is embeddings for part in parts for module in part.modules())
+        return {type(embeddings).__name__} if inside else set()
 
     def _native_prefixes(self) -> tuple[str, ...]:
         """What the names inside sub-models of transformers' own begin with, e.g. ("encoder_0.", "encoder_1.")."""
