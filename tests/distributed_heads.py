@@ -14,6 +14,7 @@ from retrieval_models import pairs, retriever
 from safetensors.torch import save_file
 from tiny_vlm import EightSamples, tiny_vlm_config
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Dinov2Config
@@ -144,7 +145,21 @@ def wrapped(model: nn.Module, kind: str) -> nn.Module:
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=True, device="cpu"
     )
+    if any(parameter.ndim == 0 for parameter in model.parameters()):
+        return wrapped_around_scalars(model)
     return fsdp2_prepare_model(accelerator, model)
+
+
+def wrapped_around_scalars(model: nn.Module) -> nn.Module:
+    """By torch itself: it cannot cut a number in shards, and accelerate cannot leave single parameters whole.
+
+    What is left whole gets the gradient of its own process; of a contrastive loss all processes compute the whole.
+    """
+    left = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    for part in [*model.modules()][:0:-1]:
+        if type(part).__name__ in model._no_split_modules:
+            fully_shard(part, ignored_params=left)
+    return fully_shard(model, ignored_params=left)
 
 
 def train(model: nn.Module, batches: list[dict[str, Tensor]], scale: int = 1) -> list[float]:

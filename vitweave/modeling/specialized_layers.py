@@ -67,7 +67,7 @@ class SpecializedViTAttention(nn.Module):
             self.bias_v = nn.Parameter(torch.zeros(self.num_heads, self.head_dim))
 
     def project(self, name: str, hidden_states: Tensor) -> Tensor:
-        """(batch, tokens, hidden) -> (batch, heads, tokens, head size); of the heads of this process, if distributed."""
+        """(batch, tokens, hidden) -> (batch, heads, tokens, head size), of this process's heads if they are split."""
         projected = by_role(self, name, self.num_cls_rows, hidden_states)
         return projected.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from vitweave.modeling.linear_weights import weight_of
+
 LAYER_TYPES = ("joint", "sep")
 
 
@@ -66,7 +68,7 @@ class WindowReader(nn.Module):
         keys, values = prepared
         if values is not None:
             return (query.unsqueeze(2) * keys).sum(dim=-1).transpose(2, 3)
-        to_keys = self.k_proj.weight.unflatten(0, (self.num_heads, -1))  # (heads, width, channels)
+        to_keys = weight_of(self.k_proj).unflatten(0, (self.num_heads, -1))  # (heads, width, channels)
         offset = torch.einsum("bqhd,hd->bqh", query, to_keys @ self.k_norm.bias).unsqueeze(-1)
         folded = torch.einsum("bqhd,hdc->bqhc", query, to_keys * self.k_norm.weight)
         # a query that serves all positions reads their windows as one long one
@@ -80,7 +82,7 @@ class WindowReader(nn.Module):
         keys, values = prepared
         if values is not None:
             return (weights.transpose(2, 3).unsqueeze(-1) * values).sum(dim=2)
-        to_values = self.v_proj.weight.unflatten(0, (self.num_heads, -1))
+        to_values = weight_of(self.v_proj).unflatten(0, (self.num_heads, -1))
         average = (weights.flatten(0, 1) @ keys.flatten(0, 1)).unflatten(0, keys.shape[:2])
         offset = weights.sum(dim=-1, keepdim=True) * (to_values @ self.v_norm.bias)
         return torch.einsum("bphc,hdc->bphd", average, to_values * self.v_norm.weight) + offset
@@ -232,7 +234,7 @@ class SpatialVisionSampler(nn.Module):
 def linear_of_pair(linear: nn.Linear, first: Tensor, second: Tensor) -> Tensor:
     """`linear(cat(first, second))` of sequences, one of which may have a single token that all tokens share."""
     if type(linear) is nn.Linear and linear.bias is None and first.shape[1] != second.shape[1]:
-        to_first, to_second = linear.weight.split([first.shape[-1], second.shape[-1]], dim=1)
+        to_first, to_second = weight_of(linear).split([first.shape[-1], second.shape[-1]], dim=1)
         return F.linear(first, to_first) + F.linear(second, to_second)
     length = max(first.shape[1], second.shape[1])
     pair = [first.expand(-1, length, -1), second.expand(-1, length, -1)]

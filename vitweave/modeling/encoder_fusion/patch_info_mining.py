@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from vitweave.configuration.encoder_fusion_plans import Grid, finest_grid, plan_patch_info_mining
 from vitweave.modeling.encoder_fusion.base import EncoderFusion, EncoderMaps
 from vitweave.modeling.grid_matching import bilinear, map_to_tokens
+from vitweave.modeling.linear_weights import weight_of
 from vitweave.modeling.start_values import start_as_in_torch
 
 
@@ -175,7 +176,7 @@ class PatchInfoMiningFusion(EncoderFusion):
         Returns:
             (windows, channels).
         """
-        folded = (query @ self.k_proj.weight)[:, None]  # (windows, 1, detail channels)
+        folded = (query @ weight_of(self.k_proj))[:, None]  # (windows, 1, detail channels)
         # the shift is the same for all cells of a window; only beside NaN scores, which count as zero, does it matter
         shift = folded @ self.k_norm.bias + (query @ self.k_proj.bias)[:, None]
         eps = (self.k_norm.eps, self.v_norm.eps)

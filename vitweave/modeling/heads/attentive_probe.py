@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from vitweave.modeling.linear_weights import weight_of
+
 
 class AttentiveProbe(nn.Module):
     """One learned query attends over tokens; batch norm and a linear classifier read the result (arXiv:2202.03026).
@@ -35,11 +37,11 @@ class AttentiveProbe(nn.Module):
         """(batch, tokens, hidden) -> pooled (batch, hidden) and attention weights (batch, heads, tokens)."""
         per_head = (self.num_heads, self.head_size, -1)
         query = self.q_proj(self.norm_q(self.query)).view(self.num_heads, self.head_size)
-        query = torch.einsum("nd,ndh->nh", query, self.k_proj.weight.view(per_head))  # (heads, hidden)
+        query = torch.einsum("nd,ndh->nh", query, weight_of(self.k_proj).view(per_head))  # (heads, hidden)
         scores = self.norm_k(tokens) @ query.T * self.head_size**-0.5  # (batch, tokens, heads)
         weights = scores.softmax(dim=1).transpose(1, 2)  # (batch, heads, tokens)
         mixed = weights @ self.norm_v(tokens)  # (batch, heads, hidden)
-        values = torch.einsum("bnh,ndh->bnd", mixed, self.v_proj.weight.view(per_head))
+        values = torch.einsum("bnh,ndh->bnd", mixed, weight_of(self.v_proj).view(per_head))
         return self.out_proj(values.flatten(1)), weights
 
     def forward(self, tokens: Tensor) -> Tensor:

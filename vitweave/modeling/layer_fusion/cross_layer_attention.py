@@ -6,6 +6,7 @@ from transformers import initialization as init
 
 from vitweave.modeling.layer_fusion.base import FeedForward, FusedTokens, LayerFusion, LayerTokens, check_choice
 from vitweave.modeling.layer_fusion.base_attention import attend, check_heads, join_heads, split_heads
+from vitweave.modeling.linear_weights import weight_of
 
 
 class CrossLayerAttentionFusion(LayerFusion):
@@ -117,7 +118,7 @@ class CrossLayerAttentionFusion(LayerFusion):
     ) -> tuple[Tensor, Tensor | None]:
         """The heads as queries to the patches themselves, (batch, queries * heads, hidden)."""
         heads, scale = self.num_heads, (self.hidden_size // self.num_heads) ** -0.5
-        to_keys = self.k_proj.weight.unflatten(0, (heads, -1))  # (heads, width, hidden)
+        to_keys = weight_of(self.k_proj).unflatten(0, (heads, -1))  # (heads, width, hidden)
         folded = torch.einsum("bqhd,hdc->bqhc", query.unflatten(2, (heads, -1)), to_keys).flatten(1, 2)
         bias = mask_bias
         if self.joint:
@@ -125,7 +126,7 @@ class CrossLayerAttentionFusion(LayerFusion):
             bias = on_layers if bias is None else on_layers + bias  # (batch, 1, rows, layers, patches or 1)
         context, weights = self.over_layers(folded[:, None], states, states, bias, scale, output_attentions)
         context = context[:, 0].unflatten(1, (-1, heads))  # (batch, queries, heads, hidden)
-        to_values = self.v_proj.weight.unflatten(0, (heads, -1))
+        to_values = weight_of(self.v_proj).unflatten(0, (heads, -1))
         context = torch.einsum("bqhc,hdc->bqhd", context, to_values).flatten(2) + self.v_proj.bias
         return context, None if weights is None else weights[:, 0, :heads]
 
