@@ -1,11 +1,12 @@
 """The launch configs of accelerate are read by accelerate, and mean what their comments say."""
 
+import os
 from pathlib import Path
 
 import pytest
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 FOLDER = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -23,16 +24,12 @@ def test_accelerate_reads_every_key(name):
 
 
 def test_the_options_of_fsdp_reach_the_plugin(monkeypatch):
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
-    options = yaml.safe_load((FOLDER / "fsdp2.yaml").read_text())["fsdp_config"]
-    flags = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    known = launch_command_parser().parse_args(
-        ["--use_fsdp", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "bf16", *flags, "train.py"]
-    )
-    environment = prepare_multi_gpu_env(known)
-    for key, value in environment.items():
-        if key.startswith(("FSDP", "ACCELERATE_USE_FSDP")):
+    for key in [key for key in os.environ if key.startswith(("FSDP", "ACCELERATE"))]:
+        monkeypatch.delenv(key)
+    arguments = launch_command_parser().parse_args(["--config_file", str(FOLDER / "fsdp2.yaml"), "train.py"])
+    arguments = _validate_launch_command(arguments)[0]
+    for key, value in prepare_multi_gpu_env(arguments).items():
+        if key.startswith("FSDP"):
             monkeypatch.setenv(key, value)
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
