@@ -32,7 +32,6 @@ def trained(folder: Path, batch_size: int, resume: Path | None = None, **options
         save_steps=3,
         per_device_train_batch_size=batch_size,
         learning_rate=1e-3,
-        ddp_backend="gloo",
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
@@ -47,7 +46,7 @@ def run_and_resume(rank: int, folder: str):
     """Six steps at once, and the last three of them again from the checkpoint."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
-    whole = trained(Path(folder, "whole"), 2)
+    whole = trained(Path(folder, "whole"), 2, ddp_backend="gloo")
     save_file(whole.state_dict(), Path(folder, f"whole-{rank}.safetensors"))
-    resumed = trained(Path(folder, "resumed"), 2, Path(folder, "whole", "checkpoint-3"))
+    resumed = trained(Path(folder, "resumed"), 2, Path(folder, "whole", "checkpoint-3"), ddp_backend="gloo")
     save_file(resumed.state_dict(), Path(folder, f"resumed-{rank}.safetensors"))
