@@ -134,4 +134,10 @@ def check_whole_patches(config: PreTrainedConfig, facts: EncoderFacts, size: Gri
 def size_for(options: EncoderOptions, tower_size: Grid, size: Grid) -> Grid:
     """What an encoder sees of an image of `size` when it sees `image_size` of one of `tower_size`."""
     own = tower_size if options.image_size is None else as_pair(options.image_size)
-    return tuple(round(pixels * mine / whole) for pixels, mine, whole in zip(size, own, tower_size, strict=True))
+    return tuple(rounded(pixels * mine, whole) for pixels, mine, whole in zip(size, own, tower_size, strict=True))
+
+
+def rounded(numerator: int, denominator: int) -> int:
+    """`round(numerator / denominator)` in whole numbers alone: ONNX has no rounding of sizes."""
+    whole, rest = numerator // denominator, numerator % denominator
+    return whole + (2 * rest + whole % 2 + denominator - 1) // (2 * denominator)  # a half goes to the even number
