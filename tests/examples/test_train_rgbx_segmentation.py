@@ -12,7 +12,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "train_rgbx_segment
 
 @pytest.mark.slow
 def test_dry_run_prints_every_subset(tmp_path):
-    command = [sys.executable, str(EXAMPLE), "--tiny", "--out", str(tmp_path)]
+    command = [sys.executable, str(EXAMPLE), "--tiny", "--modality_dropout", "0.3", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLE.parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
