@@ -14,6 +14,7 @@ from vitweave.cli_compare_encoders import add_compare_encoders_command
 from vitweave.cli_convert import add_convert_command
 from vitweave.cli_cost import add_cost_command
 from vitweave.cli_search import add_index_command, add_search_command
+from vitweave.cli_search_fusion import add_search_fusion_command
 from vitweave.cli_specialize import add_specialize_command
 from vitweave.hub.command import add_export_command, add_verify_command
 
@@ -28,6 +29,7 @@ COMMANDS = (
     add_compare_command,
     add_cost_command,
     add_compare_encoders_command,
+    add_search_fusion_command,
 )
 
 

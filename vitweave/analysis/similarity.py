@@ -40,3 +40,17 @@ def mean_pair_cosine(patches: Tensor) -> Tensor:
     units = unit(patches)
     total = units.sum(dim=1).square().sum(dim=-1)  # all pairs, each patch with itself included
     return (total - units.square().sum(dim=(1, 2))) / (count * (count - 1))
+
+
+def layer_similarity(tokens: Tensor) -> Tensor:
+    """Mean cosine between the same token in two layers, without what all tokens of a layer have in common.
+
+    Args:
+        tokens: (batch, layers, tokens, hidden); of a single token the images are what is compared.
+
+    Returns:
+        (layers, layers).
+    """
+    states = tokens.float().transpose(0, 1).flatten(1, 2)  # (layers, batch * tokens, hidden)
+    units = unit(states - states.mean(dim=1, keepdim=True))
+    return torch.einsum("lth,mth->lm", units, units) / states.shape[1]

@@ -26,6 +26,26 @@ class LayerFusionPreTrainedModel(VitweavePreTrainedModel):
     base_model_prefix = "layer_fusion"
     _no_split_modules = sorted(fusion.__name__ for fusion in LAYER_FUSIONS.values())
 
+    @classmethod
+    def from_encoder(cls, encoder: PreTrainedModel, **options) -> "LayerFusionPreTrainedModel":
+        """Fuse the layers of a loaded vision model, whose weights are kept.
+
+        Args:
+            encoder: any vision model, or one with a vision part (CLIP).
+            options: fields of `LayerFusionConfig`: `layers`, `fusion_type`, `fusion_options`, and of a classifier
+                `num_labels` or `id2label`.
+        """
+        encoder = find_vision_model(encoder)
+        implementation = encoder.config._attn_implementation
+        config = LayerFusionConfig(encoder_config=encoder.config, attn_implementation=implementation, **options)
+        keep_weights(encoder)
+        model = cls(config, encoder)
+        trunk = getattr(model, cls.base_model_prefix, model)
+        for part in (trunk.fusion, *model.children()):
+            if part is not trunk and not isinstance(part, VisionEncoder):
+                part.to(device=encoder.device, dtype=encoder.dtype)
+        return model
+
 
 class LayerFusionTrunk(LayerFusionPreTrainedModel):
     """The encoder and the fusion of its layers, shared by the model and the backbone.
@@ -49,22 +69,6 @@ class LayerFusionTrunk(LayerFusionPreTrainedModel):
         if image_size is not None:
             height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
             self.fusion.check_grid(self.encoder.grids_for(height, width)[-1])
-
-    @classmethod
-    def from_encoder(cls, encoder: PreTrainedModel, **options) -> "LayerFusionTrunk":
-        """Fuse the layers of a loaded vision model, whose weights are kept.
-
-        Args:
-            encoder: any vision model, or one with a vision part (CLIP).
-            options: fields of `LayerFusionConfig`: `layers`, `fusion_type`, `fusion_options`.
-        """
-        encoder = find_vision_model(encoder)
-        implementation = encoder.config._attn_implementation
-        config = LayerFusionConfig(encoder_config=encoder.config, attn_implementation=implementation, **options)
-        keep_weights(encoder)
-        model = cls(config, encoder)
-        model.fusion.to(device=encoder.device, dtype=encoder.dtype)
-        return model
 
     def check_layers(self) -> int:
         """The width that all fused layers share; layers of different width or grid are refused."""
@@ -265,14 +269,18 @@ class LayerFusionBackbone(BackboneMixin, LayerFusionTrunk):
 
 
 class LayerFusionForImageClassification(LayerFusionPreTrainedModel):
-    """Linear classifier on the fused embedding."""
+    """Linear classifier on the fused embedding.
+
+    Args:
+        encoder: see `LayerFusionTrunk`.
+    """
 
     accepts_loss_kwargs = True  # the loss below divides by num_items_in_batch
 
-    def __init__(self, config: LayerFusionConfig):
+    def __init__(self, config: LayerFusionConfig, encoder: PreTrainedModel | None = None):
         super().__init__(config)
         self.loss_type = "ForImageClassification"
-        self.layer_fusion = LayerFusionModel(config)
+        self.layer_fusion = LayerFusionModel(config, encoder)
         hidden_size = self.layer_fusion.fusion.hidden_size
         self.classifier = nn.Linear(hidden_size, config.num_labels) if config.num_labels else nn.Identity()
         self.post_init()

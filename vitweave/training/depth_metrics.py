@@ -163,6 +163,14 @@ class DepthMetrics:
 
         Labels are metres, 0 or less where nothing was measured. Images in which no pixel counts are only counted.
         """
+        found, counted = self.per_image(predictions, labels)
+        self.images += int(counted.sum())
+        self.images_without_depth += int((~counted).sum())
+        for name, values in found.items():
+            self.totals[name] += float(values[counted].sum())
+
+    def per_image(self, predictions, labels) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The metrics of every image by itself, 0 where no pixel counts, and whether any does; see `update`."""
         predictions, labels = as_array(predictions), as_array(labels)
         if predictions.shape != labels.shape or labels.ndim not in (2, 3):
             raise ValueError(
@@ -178,11 +186,11 @@ class DepthMetrics:
         predictions, labels = predictions[(slice(None), *window)], labels[(slice(None), *window)]
         pairs = zip(predictions, labels, strict=True)
         sums = np.array([sums_of(self.protocol.aligned(p, t), t) for p, t in pairs]).reshape(-1, NUM_SUMS)
-        sums = sums[sums[:, 0] > 0]
-        self.images += len(sums)
-        self.images_without_depth += len(labels) - len(sums)
-        for name, values in metrics_of(sums).items():
-            self.totals[name] += float(values.sum())
+        counted = sums[:, 0] > 0
+        found = {name: np.zeros(len(sums)) for name in DEPTH_METRICS}
+        for name, values in metrics_of(sums[counted]).items():
+            found[name][counted] = values
+        return found, counted
 
     def compute(self) -> dict[str, float | int | str]:
         """`protocol`, the metrics (NaN if no image has depth), `images` counted in them, and `images_without_depth`."""
