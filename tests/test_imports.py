@@ -29,6 +29,7 @@ PRINTING = (
     "cli_compare_encoders.py",
     "cli_cost.py",
     "cli_search.py",
+    "cli_search_fusion.py",
     "cli_specialize.py",
     "command.py",
 )  # what stands behind the `vitweave` command

@@ -1,7 +1,7 @@
 import torch
 import torch.nn.functional as F
 
-from vitweave.analysis.similarity import mean_pair_cosine, token_cosine
+from vitweave.analysis.similarity import layer_similarity, mean_pair_cosine, token_cosine
 
 
 def tokens(*shape):
@@ -32,3 +32,11 @@ def test_equal_opposite_and_zero_patches():
     assert torch.allclose(mean_pair_cosine(one.expand(1, 6, 4)), torch.ones(1))
     assert torch.allclose(mean_pair_cosine(torch.cat((one, -one), dim=1)), -torch.ones(1))
     assert torch.allclose(mean_pair_cosine(torch.cat((one, one, 0 * one), dim=1)), torch.tensor([1 / 3]))
+
+
+def test_layer_similarity_ignores_what_all_tokens_share():
+    tokens = torch.randn(2, 1, 50, 8, generator=torch.Generator().manual_seed(0))
+    offset = torch.full((8,), 100.0)
+    similarity = layer_similarity(torch.cat([tokens, 3 * tokens + offset, -tokens], dim=1))
+    expected = torch.tensor([[1.0, 1.0, -1.0], [1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]])
+    torch.testing.assert_close(similarity, expected, atol=1e-4, rtol=0)

@@ -238,3 +238,16 @@ def test_a_classifier_reads_kept_features_too():
     kept = model.encode(PIXELS)
     assert "patches" not in kept and model.encode_options["layers"] == (1, 2)
     assert torch.equal(model(encoder_outputs=kept).logits, model(PIXELS).logits)
+
+
+def test_a_classifier_takes_over_a_loaded_encoder(tmp_path):
+    encoder = host("vit")
+    labels = {0: "cat", 1: "dog", 2: "owl"}
+    options = {"layers": [2, 4], "fusion_type": "concat", "fusion_options": {"direct": True}}
+    model = LayerFusionForImageClassification.from_encoder(encoder, id2label=labels, **options).eval()
+    assert model.config.id2label == labels and model.classifier.out_features == 3
+    for name, weight in encoder.state_dict().items():
+        assert torch.equal(model.vision_encoder.state_dict()[name], weight), name
+    model.save_pretrained(tmp_path)
+    loaded = LayerFusionForImageClassification.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(PIXELS).logits, model(PIXELS).logits, rtol=0, atol=0)

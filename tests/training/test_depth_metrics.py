@@ -91,6 +91,16 @@ def test_images_without_depth_are_counted_and_left_out(nothing):
     assert np.isnan(found["abs_rel"]) and (found["images"], found["images_without_depth"]) == (0, 1)
 
 
+def test_image_by_image():
+    predictions, labels = random_depth()
+    labels[1] = 0
+    metrics = DepthMetrics("nyu")
+    values, counted = metrics.per_image(predictions, labels)
+    assert counted.tolist() == [True, False, True] and values["abs_rel"][1] == 0
+    expected = [literal(predictions[index], labels[index], 1e-3, 10)["abs_rel"] for index in (0, 2)]
+    np.testing.assert_allclose(values["abs_rel"][[0, 2]], expected, rtol=1e-12)
+
+
 def test_what_does_not_count_may_hold_anything():
     predictions, labels = random_depth()
     clean = DepthMetrics("nyu")

@@ -133,6 +133,8 @@ def search_space(
     strange = sorted(given.keys() - {ALONE, "concat", *fusions, *encoder_fusions})
     if strange:
         raise ValueError(f"expected options of the fusions {[*fusions, *encoder_fusions]}, got some of {strange}")
+    if any((options or {}).get("norm") == "shared" for options in given.values()):
+        raise ValueError('norm="shared" reads other features than the rest; search it by itself, or leave it out')
     found = baselines(configs[0], dense, given)
     for index, config in enumerate(configs):
         width = encoder_facts(config).hidden_sizes[-1]

@@ -131,8 +131,7 @@ class FusionSearch:
         if missing:
             found = CostMeter(self.task, scope).costs(missing, self.options.rounds)
             kept |= {keys[name]: cost for name, cost in found.items()}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(kept, indent=1))
+            write_whole(path, kept)
         return {name: kept[key] for name, key in keys.items()}
 
     def halve(self, candidates: list[Candidate], plan: list[tuple[int, int]]) -> tuple[Candidate, list[dict]]:
@@ -201,9 +200,9 @@ class FusionSearch:
         about = {"candidate": candidate.name, "steps": steps, "seed": seed, "held_out": held_out, "value": value}
         if keep:
             self.save(model, candidate, {**about, "settings": settings, "layers": candidate.layers})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**about, **({} if held_out else {"sums": sums.tolist()})}))
-        return json.loads(path.read_text())
+        found = {**about, **({} if held_out else {"sums": sums.tolist()})}
+        write_whole(path, found)
+        return found
 
     def is_kept(self, settings: str) -> bool:
         """Whether the saved model is the one with these settings."""
@@ -214,7 +213,15 @@ class FusionSearch:
         """The trained model with its processor, and last of all what it is, which says that it is whole."""
         (self.model / MODEL_FILE).unlink(missing_ok=True)
         self.task.save(model, candidate, self.model)
-        (self.model / MODEL_FILE).write_text(json.dumps(about, indent=1))
+        write_whole(self.model / MODEL_FILE, about)
+
+
+def write_whole(path: Path, value: dict) -> None:
+    """JSON that is there whole or not at all, whenever the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1))
+    part.replace(path)
 
 
 def round_plan(candidates: int, steps: int, first_steps: int | None = None) -> list[tuple[int, int]]:

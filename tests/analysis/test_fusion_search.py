@@ -1,0 +1,70 @@
+"""The parts of a search that need no training; the command is tested in test_cli_search_fusion.py."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vitweave.analysis.fusion_candidates import Candidate
+from vitweave.analysis.fusion_search import round_plan
+from vitweave.analysis.fusion_search_costs import Budget, affordable
+from vitweave.analysis.fusion_search_reasons import column_shares
+from vitweave.analysis.fusion_search_report import pareto_front
+from vitweave.analysis.fusion_search_tasks import SegmentationSearch, overlaps, resampled_values
+from vitweave.training.metrics import ConfusionMatrix
+
+NAMES = ("small", "large")
+COSTS = {"small 1": {"milliseconds": 1.0, "mebibytes": 9.0}, "large 1": {"milliseconds": 4.0, "mebibytes": 2.0}}
+CANDIDATES = [Candidate((0,), ((1,),), name, {}) for name in NAMES]
+
+
+def test_every_round_halves_the_candidates_and_doubles_the_steps():
+    assert round_plan(9, 96) == [(9, 6), (5, 12), (3, 24), (2, 48)]
+    assert round_plan(2, 100) == [(2, 50)] and round_plan(1, 100) == []
+    assert round_plan(4, 3) == [(4, 1), (2, 2)] and round_plan(4, 100, first_steps=7) == [(4, 7), (2, 14)]
+
+
+def test_budget():
+    assert affordable(CANDIDATES, COSTS, Budget()) == CANDIDATES
+    assert affordable(CANDIDATES, COSTS, Budget(ms=1.0)) == CANDIDATES[:1]
+    assert affordable(CANDIDATES, COSTS, Budget(mib=8)) == CANDIDATES[1:]
+    with pytest.raises(ValueError, match=r"cheapest costs 1 ms \(small 1, allowed 0.5\) per image, 'whole'"):
+        affordable(CANDIDATES, COSTS, Budget(ms=0.5, scope="whole"))
+    with pytest.raises(ValueError, match=r"1 ms \(small 1, allowed 2\) and 2 mib \(large 1, allowed 8\)"):
+        affordable(CANDIDATES, COSTS, Budget(ms=2, mib=8))
+    for wrong in ({"ms": 0}, {"mib": float("nan")}, {"scope": "half"}):
+        with pytest.raises(ValueError, match="expected"):
+            Budget(**wrong)
+
+
+def test_pareto_front():
+    points = [(3, 0.9), (1, 0.5), (2, 0.4), (1, 0.6), (4, 0.9)]
+    assert pareto_front(points) == [3, 0]
+    assert pareto_front([]) == []
+
+
+def test_overlaps_give_the_mean_iou_of_all_pixels():
+    generator = torch.Generator().manual_seed(0)
+    predicted, labels = (torch.randint(0, 4, (5, 6, 7), generator=generator) for _ in range(2))
+    labels[labels == 3] = 255  # class 3 is predicted, but never true
+    predicted[1:] %= 3
+    confusion = ConfusionMatrix(5)
+    confusion.update(predicted, labels)
+    sums = overlaps(predicted, labels, 5).double()
+    task = SegmentationSearch(SimpleNamespace())
+    assert sums.shape == (5, 10)
+    assert task.value(sums.sum(dim=0)).item() == pytest.approx(confusion.compute()["mean_iou"])
+
+
+def test_bootstrap_is_paired_and_its_mean_is_that_of_the_seeds():
+    task = SegmentationSearch(SimpleNamespace())
+    first = overlaps(*(torch.randint(0, 2, (40, 4, 4), generator=torch.Generator().manual_seed(s)) for s in (0, 1)), 2)
+    samples = resampled_values(task, [first.double()], 500)
+    assert samples.std() > 0
+    torch.testing.assert_close(samples, resampled_values(task, [first.double()] * 2, 500))
+    assert samples.mean().item() == pytest.approx(task.value(first.double().sum(dim=0)).item(), abs=0.01)
+
+
+def test_column_shares():
+    weight = torch.cat([torch.ones(2, 2), 3 * torch.ones(2, 2)], dim=1)
+    torch.testing.assert_close(column_shares(weight, 2), torch.tensor([0.1, 0.9]))
