@@ -13,9 +13,12 @@ from vitweave.training.synthetic_shapes import SyntheticDepth, SyntheticShapes
 COUNTS = {"train": 10, "val": 4}
 
 
-def encoder_folder(folder, name="vit", size=32, mean=0.5):
-    """A tiny encoder with its processor."""
-    build(name).save_pretrained(folder / name)
+def encoder_folder(folder, name="vit", size=32, mean=0.5, pooler=False):
+    """A tiny encoder with its processor, like most of the Hub's without weights of a pooler."""
+    model = build(name)
+    if not pooler:
+        model.pooler = None
+    model.save_pretrained(folder / name)
     processor = ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=[mean] * 3)
     processor.save_pretrained(folder / name)
     return str(folder / name)

@@ -39,14 +39,17 @@ def add_compare_command(subparsers: argparse._SubParsersAction) -> None:
 
 
 def load_encoder(name: str):
-    """A vision model without a pooler that has no weights: the [CLS] token stands for the image then."""
+    """A vision model without a pooler that has no weights: the [CLS] token stands for the image then.
+
+    Its config says so, too, so that what is built around it is built without one when it is loaded again.
+    """
     from transformers import AutoModel
 
     from vitweave.modeling.vision_encoder import find_vision_model
 
     model, info = AutoModel.from_pretrained(name, output_loading_info=True)
     if any(key.startswith("pooler.") for key in info["missing_keys"]):
-        model.pooler = None
+        model.pooler, model.config.use_pooler = None, False
     return find_vision_model(getattr(model, "vision_encoder", model))  # of a layer fusion the encoder below it
 
 

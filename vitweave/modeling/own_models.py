@@ -90,7 +90,7 @@ def build_native(auto_class: type, known: Mapping, config: PreTrainedConfig) -> 
             f"expected a config that {auto_class.__name__} opens, got the model_type {config.model_type!r}"
         )
     try:
-        return auto_class.from_config(config)
+        return without_absent_pooler(auto_class.from_config(config))
     except torch.OutOfMemoryError:
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError) as error:
@@ -98,3 +98,10 @@ def build_native(auto_class: type, known: Mapping, config: PreTrainedConfig) -> 
             f"expected a config of which {auto_class.__name__} builds a {config.model_type!r} model, got one that it"
             f" cannot ({type(error).__name__}: {error})"
         ) from error
+
+
+def without_absent_pooler(model: PreTrainedModel) -> PreTrainedModel:
+    """Take the pooler off a model whose config says `use_pooler=False`, which those of transformers do not read."""
+    if getattr(model.config, "use_pooler", True) is False and getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model
