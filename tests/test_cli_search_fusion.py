@@ -25,7 +25,8 @@ from vitweave.training.retrieval_evaluation import evaluate_retrieval
 from vitweave.training.segmentation_data import SegmentationDataset
 from vitweave.training.synthetic_figures import write_figures
 
-FEW = "--fusions concat weighted_sum --layers middle_last 1 --steps 4 --batch-size 4 --seeds 0 --no-plot --quiet"
+SPACE = "--fusions concat weighted_sum --layers middle_last 1"
+FEW = f"{SPACE} --steps 4 --first-steps 1 --batch-size 4 --seeds 0 --no-plot --quiet"
 
 
 @pytest.fixture

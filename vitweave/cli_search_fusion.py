@@ -29,7 +29,11 @@ def add_search_fusion_command(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--encoder-fusions", nargs="+", help="of several encoders (default: channel_concat add)")
     parser.add_argument("--fusion-options", default="{}", help='JSON: \'{"film": {"direct": false}}\'')
     parser.add_argument("--steps", type=int, default=320, help="of the final training (default: %(default)s)")
-    parser.add_argument("--first-steps", type=int, help="of the first round (default: so that the last takes half)")
+    parser.add_argument(
+        "--first-steps",
+        type=int,
+        help="of the first round (default: 24, or more so that the last round takes half of --steps)",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)

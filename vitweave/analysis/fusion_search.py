@@ -23,6 +23,8 @@ from vitweave.analysis.fusion_search_tasks import SearchTask, resampled_values
 from vitweave.training.feature_keys import digest_of
 from vitweave.training.retrieval_metrics import interval
 
+# fewer rank how fast a head starts, not how good it gets: its BatchNorm has not seen the features yet
+FEWEST_STEPS = 24
 MODEL_FILE = "fusion_search.json"  # beside the weights of the chosen model: what it was made with
 
 
@@ -33,7 +35,7 @@ class SearchOptions:
     Args:
         steps: of the chosen candidate and the baselines, on all training images.
         first_steps: of every candidate in the first round; None is so many that the last round, of two, takes half of
-            `steps`.
+            `steps`, but at least `FEWEST_STEPS`. No round takes more than `steps`.
         batch_size, learning_rate, weight_decay: of every run.
         held_out: share of the training images that judges the rounds, drawn at random once.
         seeds: of the final runs; the rounds use the first, and the saved model is the first's.
@@ -51,7 +53,7 @@ class SearchOptions:
     held_out: float = 0.2
     seeds: tuple[int, ...] = (0, 1)
     budget: Budget = field(default_factory=Budget)
-    rounds: int = 7
+    rounds: int = 25
     feature_dtype: str | None = None
     resamples: int = 2000
 
@@ -225,10 +227,10 @@ def write_whole(path: Path, value: dict) -> None:
 
 
 def round_plan(candidates: int, steps: int, first_steps: int | None = None) -> list[tuple[int, int]]:
-    """(candidates, steps) of every round: half as many candidates and twice as many steps each time."""
+    """(candidates, steps) of every round: half the candidates and twice the steps each time, at most `steps`."""
     counts = []
     while candidates > 1:
         counts.append(candidates)
         candidates = math.ceil(candidates / 2)
-    first = max(1, steps >> len(counts)) if first_steps is None else first_steps
-    return [(count, first << number) for number, count in enumerate(counts)]
+    first = max(FEWEST_STEPS, steps >> len(counts)) if first_steps is None else first_steps
+    return [(count, min(steps, first << number)) for number, count in enumerate(counts)]

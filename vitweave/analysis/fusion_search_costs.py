@@ -66,17 +66,21 @@ def affordable(candidates: Sequence[Candidate], costs: dict[str, dict], budget: 
 
 
 class CostMeter:
-    """Calls of every candidate on the same few validation images, on features or on pixels."""
+    """Calls of every candidate on the same validation image, on its features or on its pixels.
 
-    def __init__(self, task: SearchTask, scope: str, images: int = 4):
-        self.task, self.scope, self.images = task, scope, images
+    One image, because its time is what a user waits for, and because the shorter a call, the likelier it is to run
+    without a break on a machine that does other things.
+    """
+
+    def __init__(self, task: SearchTask, scope: str):
+        self.task, self.scope = task, scope
         self.samples: dict[int | None, tuple[dict, torch.Tensor]] = {}
 
     def inputs(self, candidate: Candidate, model: nn.Module) -> dict:
         """What the candidate's model is called with."""
         features, key = self.task.features, None if candidate.is_tower else candidate.encoders[0]
         if key not in self.samples:
-            self.samples[key] = features.sample(key, self.images)
+            self.samples[key] = features.sample(key, 1)
         kept, pixel_values = self.samples[key]
         if self.scope == "whole":
             return {"pixel_values": pixel_values.to(model.device)}
@@ -85,16 +89,15 @@ class CostMeter:
 
     def counted(self, model: nn.Module, inputs: dict) -> dict:
         """Parameters, FLOPs and bytes of one image."""
-        one = first_image(inputs)
         encoders = {id(weight) for encoder in self.task.features.encoders for weight in encoder.parameters()}
         weights = [*model.parameters(), *model.buffers()]
         own = [weight for weight in weights if self.scope == "whole" or id(weight) not in encoders]
-        read = sum(part.numel() * part.element_size() for part in tensors_of(one))
+        read = sum(part.numel() * part.element_size() for part in tensors_of(inputs))
         with torch.no_grad():
-            peak = peak_bytes(lambda: model(**one), [*weights, *tensors_of(one)])
+            peak = peak_bytes(lambda: model(**inputs), [*weights, *tensors_of(inputs)])
         # the fused kernels of a CPU are not counted; without gradients torch's counter fails on views of parameters
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(**one)
+            model(**inputs)
         held = sum(weight.numel() * weight.element_size() for weight in own)
         return {
             "parameters": sum(weight.numel() for weight in own if isinstance(weight, nn.Parameter)),
@@ -117,10 +120,7 @@ class CostMeter:
             for _ in range(rounds):
                 for name, call in calls.items():
                     seconds[name] = min(seconds[name], seconds_of(call, device))
-        for candidate in candidates:
-            count = len(self.samples[None if candidate.is_tower else candidate.encoders[0]][1])
-            found[candidate.name]["milliseconds"] = 1000 * seconds[candidate.name] / count
-        return found
+        return {name: {**cost, "milliseconds": 1000 * seconds[name]} for name, cost in found.items()}
 
 
 def tensors_of(value) -> list[torch.Tensor]:
@@ -129,12 +129,3 @@ def tensors_of(value) -> list[torch.Tensor]:
         return [value]
     parts = value.values() if isinstance(value, dict) else value
     return [tensor for part in parts for tensor in tensors_of(part)]
-
-
-def first_image(value):
-    """Nested dicts and tuples of tensors with one image of the batch."""
-    if isinstance(value, torch.Tensor):
-        return value[:1].contiguous()
-    if isinstance(value, dict):
-        return {name: first_image(part) for name, part in value.items()}
-    return tuple(first_image(part) for part in value)
