@@ -21,7 +21,7 @@ CANDIDATES = [Candidate((0,), ((1,),), name, {}) for name in NAMES]
 def test_every_round_halves_the_candidates_and_doubles_the_steps():
     assert round_plan(9, 640) == [(9, 40), (5, 80), (3, 160), (2, 320)]
     assert round_plan(2, 100) == [(2, 50)] and round_plan(1, 100) == []
-    assert round_plan(9, 96) == [(9, 24), (5, 48), (3, 96), (2, 96)] and round_plan(2, 3) == [(2, 3)]
+    assert round_plan(9, 96) == [(9, 24), (5, 48), (3, 96)] and round_plan(2, 3) == [(2, 3)]
     assert round_plan(4, 100, first_steps=7) == [(4, 7), (2, 14)]
 
 

@@ -1,9 +1,11 @@
 """A search over layers and fusions of frozen encoders under a budget, by successive halving on kept features.
 
-All candidates within the budget train for a few steps on a part of the training images; the better half on the held-out
-rest trains again for twice as many, until one is left. It is trained on all training images beside the baselines, and
-only these are measured on the validation images. Every run starts anew and depends on its settings alone, so that a
-search that was broken off goes on where it was and ends with the same numbers.
+All candidates within the budget train for a few steps on a part of the training images; the better half on the
+held-out rest trains again for twice as many, until one is left. It is trained on all training images beside the
+baselines, and only these are measured on the validation images. Every run starts anew and depends on its settings
+alone, so that a search that was broken off goes on where it was and ends with the same numbers.
+
+Short rounds favour small heads, which learn faster: where the candidates differ much in size, set `first_steps`.
 """
 
 import json
@@ -35,7 +37,7 @@ class SearchOptions:
     Args:
         steps: of the chosen candidate and the baselines, on all training images.
         first_steps: of every candidate in the first round; None is so many that the last round, of two, takes half of
-            `steps`, but at least `FEWEST_STEPS`. No round takes more than `steps`.
+            `steps`, but at least `FEWEST_STEPS`. A round of `steps` is the last, whoever is left.
         batch_size, learning_rate, weight_decay: of every run.
         held_out: share of the training images that judges the rounds, drawn at random once.
         seeds: of the final runs; the rounds use the first, and the saved model is the first's.
@@ -227,10 +229,14 @@ def write_whole(path: Path, value: dict) -> None:
 
 
 def round_plan(candidates: int, steps: int, first_steps: int | None = None) -> list[tuple[int, int]]:
-    """(candidates, steps) of every round: half the candidates and twice the steps each time, at most `steps`."""
+    """(candidates, steps) of every round: half the candidates and twice the steps each time.
+
+    A round of `steps`, as many as the final training takes, is the last.
+    """
     counts = []
     while candidates > 1:
         counts.append(candidates)
         candidates = math.ceil(candidates / 2)
     first = max(FEWEST_STEPS, steps >> len(counts)) if first_steps is None else first_steps
-    return [(count, min(steps, first << number)) for number, count in enumerate(counts)]
+    plan = [(count, min(steps, first << number)) for number, count in enumerate(counts)]
+    return [entry for number, entry in enumerate(plan) if number == 0 or plan[number - 1][1] < steps]

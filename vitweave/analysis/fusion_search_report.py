@@ -95,12 +95,13 @@ def told_reasons(reasons: dict) -> str:
 
 
 def plot_pareto(found: dict, path: str | Path, limit: float | None = None) -> None:
-    """Value on the held-out images against milliseconds per image, a panel per round.
+    """Value on the held-out images against milliseconds per image: a panel each for the first and the last two rounds.
 
     Args:
         limit: of the budget in milliseconds, if it has one.
     """
-    steps = sorted({entry["steps"] for row in found["candidates"] for entry in row["rounds"]})[-3:]
+    steps = sorted({entry["steps"] for row in found["candidates"] for entry in row["rounds"]})
+    steps = sorted({*steps[:1], *steps[-2:]})
     figure = new_figure(4.6 * max(1, len(steps)), 4.2)
     for axis, count in zip(figure.subplots(1, max(1, len(steps)), squeeze=False)[0], steps, strict=False):
         rows = [
