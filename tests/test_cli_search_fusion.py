@@ -6,12 +6,12 @@ import pytest
 import torch
 from fusion_searches import COUNTS, data_folder, encoder_folder
 from transformers import (
-    AutoImageProcessor,
     AutoModel,
     AutoModelForDepthEstimation,
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.13's top-level name needs torchvision
 from transformers.models.auto.processing_auto import AutoProcessor
 
 from vitweave.analysis.fusion_search_tasks import SearchTask
