@@ -16,6 +16,8 @@ def assert_learns_as_one(name: str, folder):
             torch.testing.assert_close(found[key], tensor, atol=2e-6, rtol=1e-5, msg=lambda text, key=key: key + text)
     start = build(name).state_dict()
     assert any(not torch.allclose(tensor, start[key], atol=1e-3) for key, tensor in state.items())
+
+
 @pytest.mark.slow
 def test_two_ddp_processes_classify_as_one(tmp_path):
     in_processes(run_heads, tmp_path, "ddp", ["classification"])

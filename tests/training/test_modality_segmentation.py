@@ -48,6 +48,8 @@ def train(folder, steps: int, resume: bool = False, stop: int | None = None, **o
     arguments |= {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "disable_tqdm": True}
     train_segmentation(model, data, ModalityDataset(scenes(), processor), processor, folder, resume, **arguments)
     return model, processor
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path):
     whole, _ = train(tmp_path / "whole", 4, stop=2, modality_dropout=0.4)
