@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, set_seed
 
 from vitweave.analysis.fusion_comparison import mean_of, seconds_of
+from vitweave.analysis.whole_files import write_whole
 from vitweave.configuration.encoder_fusion_plans import cells
 from vitweave.modeling.encoder_fusion.registry import ENCODER_FUSIONS
 from vitweave.modeling.modeling_multi_encoder import MultiEncoderForImageClassification, MultiEncoderModel
@@ -263,8 +264,7 @@ def finished(comparison: EncoderComparison, row: Row, seed: int, rate: float, he
     if held_out:
         train, validation = split(train, held_out)
     found = {"settings": settings, "seed": seed, **one_run(comparison, row, seed, rate, train, validation)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found))
+    write_whole(path, json.dumps(found))
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
+from vitweave.analysis.whole_files import write_whole
 from vitweave.modeling.encoded_images import decode_layers
 from vitweave.modeling.layer_fusion.registry import LAYER_FUSIONS
 from vitweave.modeling.modeling_image_text_retriever import ImageTextRetrieverModel
@@ -105,8 +106,7 @@ def compare_fusions(
             found = finished_run(path, settings, name)
             if found is None:
                 found = {"fusion": name, "seed": seed, **one_run(encoder, name, seed, train, validation, options)}
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps({"settings": digest_of(settings_of(settings, name)), **found}))
+                write_whole(path, json.dumps({"settings": digest_of(settings_of(settings, name)), **found}))
             tell(f"{name}, seed {seed}: RSUM {found['metrics']['rsum']:.3f}")
             runs.append(found)
         rows.append(summary_row(name, runs, costs, rows[0] if rows else None, options.resamples))

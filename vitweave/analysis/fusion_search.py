@@ -22,6 +22,7 @@ from vitweave.analysis.fusion_comparison import mean_of
 from vitweave.analysis.fusion_search_costs import Budget, CostMeter, affordable
 from vitweave.analysis.fusion_search_reasons import find_reasons
 from vitweave.analysis.fusion_search_tasks import SearchTask, resampled_values
+from vitweave.analysis.whole_files import write_whole
 from vitweave.training.feature_keys import digest_of
 from vitweave.training.retrieval_metrics import interval
 
@@ -135,7 +136,7 @@ class FusionSearch:
         if missing:
             found = CostMeter(self.task, scope).costs(missing, self.options.rounds)
             kept |= {keys[name]: cost for name, cost in found.items()}
-            write_whole(path, kept)
+            write_whole(path, json.dumps(kept, indent=1))
         return {name: kept[key] for name, key in keys.items()}
 
     def halve(self, candidates: list[Candidate], plan: list[tuple[int, int]]) -> tuple[Candidate, list[dict]]:
@@ -205,7 +206,7 @@ class FusionSearch:
         if keep:
             self.save(model, candidate, {**about, "settings": settings, "layers": candidate.layers})
         found = {**about, **({} if held_out else {"sums": sums.tolist()})}
-        write_whole(path, found)
+        write_whole(path, json.dumps(found, indent=1))
         return found
 
     def is_kept(self, settings: str) -> bool:
@@ -217,15 +218,7 @@ class FusionSearch:
         """The trained model with its processor, and last of all what it is, which says that it is whole."""
         (self.model / MODEL_FILE).unlink(missing_ok=True)
         self.task.save(model, candidate, self.model)
-        write_whole(self.model / MODEL_FILE, about)
-
-
-def write_whole(path: Path, value: dict) -> None:
-    """JSON that is there whole or not at all, whenever the process is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1))
-    part.replace(path)
+        write_whole(self.model / MODEL_FILE, json.dumps(about, indent=1))
 
 
 def round_plan(candidates: int, steps: int, first_steps: int | None = None) -> list[tuple[int, int]]:

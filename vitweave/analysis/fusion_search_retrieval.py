@@ -69,12 +69,7 @@ class RetrievalSearch(SearchTask):
 
     def cost_model(self, candidate: Candidate) -> PreTrainedModel:
         """The vision side: the text model is the same for all."""
-        return LayerFusionModel.from_encoder(
-            self.features.encoders[candidate.encoders[0]],
-            layers=candidate.layers[0],
-            fusion_type=candidate.fusion_type,
-            fusion_options=candidate.options,
-        )
+        return self.fused(candidate, LayerFusionModel)
 
     def build(self, candidate: Candidate) -> PreTrainedModel:
         tokenizer, heads = self.texts[0].processor.tokenizer, max(1, self.text_size // 64)

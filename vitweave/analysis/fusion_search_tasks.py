@@ -60,6 +60,15 @@ class SearchTask:
         """A new head, and fusion, on the encoders themselves."""
         raise NotImplementedError
 
+    def fused(self, candidate: Candidate, of_layers: type, of_encoders: type | None = None, **options):
+        """A candidate's new fusion on the encoders: an `of_layers` where it reads one, else an `of_encoders`."""
+        encoders = [self.features.encoders[index] for index in candidate.encoders]
+        options |= {"fusion_type": candidate.fusion_type, "fusion_options": candidate.options}
+        if candidate.is_tower:
+            fields = self.features.tower_fields(candidate.layers, candidate.encoders)
+            return of_encoders.from_encoders(encoders, **options, **fields)
+        return of_layers.from_encoder(encoders[0], layers=candidate.layers[0], **options)
+
     def cost_model(self, candidate: Candidate) -> PreTrainedModel:
         """The part whose cost is measured."""
         return self.build(candidate)
@@ -132,22 +141,9 @@ class DenseSearchTask(SearchTask):
         super().__init__(features, label_stride)
         self.head = head
 
-    def backbone(self, candidate: Candidate) -> PreTrainedModel:
-        encoders = [self.features.encoders[index] for index in candidate.encoders]
-        if candidate.is_tower:
-            fields = self.features.tower_fields(candidate.layers, candidate.encoders)
-            return MultiEncoderBackbone.from_encoders(
-                encoders, fusion_type=candidate.fusion_type, fusion_options=candidate.options, **fields
-            )
-        return LayerFusionBackbone.from_encoder(
-            encoders[0],
-            layers=candidate.layers[0],
-            fusion_type=candidate.fusion_type,
-            fusion_options=candidate.options,
-        )
-
     def build(self, candidate: Candidate) -> PreTrainedModel:
-        return self.model_class.from_backbone(self.backbone(candidate), freeze_backbone=True, **self.head)
+        backbone = self.fused(candidate, LayerFusionBackbone, MultiEncoderBackbone)
+        return self.model_class.from_backbone(backbone, freeze_backbone=True, **self.head)
 
 
 class SegmentationSearch(DenseSearchTask):
@@ -206,16 +202,8 @@ class ClassificationSearch(SearchTask):
         self.id2label = id2label
 
     def build(self, candidate: Candidate) -> PreTrainedModel:
-        encoders = [self.features.encoders[index] for index in candidate.encoders]
-        fusion = {"fusion_type": candidate.fusion_type, "fusion_options": candidate.options}
-        if candidate.is_tower:
-            fields = self.features.tower_fields(candidate.layers, candidate.encoders)
-            return MultiEncoderForImageClassification.from_encoders(
-                encoders, id2label=self.id2label, **fusion, **fields
-            )
-        return LayerFusionForImageClassification.from_encoder(
-            encoders[0], layers=candidate.layers[0], id2label=self.id2label, **fusion
-        )
+        classes = (LayerFusionForImageClassification, MultiEncoderForImageClassification)
+        return self.fused(candidate, *classes, id2label=self.id2label)
 
     def batch_sums(self, outputs, labels: Tensor) -> Tensor:
         right = (outputs.logits.argmax(dim=1).cpu() == labels).double()

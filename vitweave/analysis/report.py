@@ -1,7 +1,6 @@
 """Inspect a vision model: measure it on images and write `report.json` and plots."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from vitweave.analysis.measurement import Measurement, TapStatistics, measure
 from vitweave.analysis.norms import NormOutliers, cls_share, median, norm_outliers, one_role_dimensions
 from vitweave.analysis.pca import PcaMaps, pca_maps
 from vitweave.analysis.plots import plot_cosine, plot_dimensions, plot_drift, plot_patch_norms, plot_pca
+from vitweave.analysis.whole_files import write_whole
 
 logger = logging.get_logger(__name__)
 
@@ -88,7 +88,7 @@ def inspect_model(
     report["plots"] = []
     if options.plots:
         report["plots"] = _write_plots(folder, torch.stack(pictures), measured, findings, options, report["skipped"])
-    _write_json(folder / "report.json", report)
+    write_whole(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     return report
 
 
@@ -218,10 +218,3 @@ def _write_plots(
         skipped["plots"] = str(error)
         return []
     return list(jobs)
-
-
-def _write_json(path: Path, report: dict) -> None:
-    """Write beside the target and rename, so that a report is never half-written."""
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
