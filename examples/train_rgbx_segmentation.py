@@ -25,8 +25,14 @@ from vitweave.configuration.configuration_modality_fusion import ModalityFusionC
 from vitweave.modeling.modality_fusion.registry import MODALITY_FUSIONS
 from vitweave.modeling.modeling_modality_fusion import ModalityFusionForSemanticSegmentation
 from vitweave.processing.image_processing_pil_modality import ModalityImageProcessorPil
-from vitweave.training.modality_data import ModalityAugmentation, ModalityDataset, ModalityFolder
+from vitweave.training.modality_data import (
+    ModalityAugmentation,
+    ModalityDataset,
+    ModalityFolder,
+    predict_modalities,
+)
 from vitweave.training.modality_evaluation import evaluate_modalities
+from vitweave.training.pictures import write_prediction_rows
 from vitweave.training.segmentation import train_segmentation
 from vitweave.training.segmentation_data import balanced_class_weights, read_id2label
 
@@ -76,6 +82,15 @@ def draw_scenes(folder: Path, count: int = 24):
     (folder / "train.txt").write_text("".join(names[: count * 2 // 3]))
     (folder / "val.txt").write_text("".join(names[count * 2 // 3 :]))
     (folder / "meta.json").write_text(json.dumps({"id2label": {"0": "ground", "1": "near", "2": "middle"}}))
+
+
+def write_pictures(path: Path, model, processor, val: ModalityDataset, count: int = 6):
+    """Rows of the picture, the true and the predicted classes, of scenes spread evenly over the data."""
+    rows = [row * len(val) // count for row in range(min(count, len(val)))]
+    scenes = [val.samples[row]["images"] for row in rows]
+    guesses = [predict_modalities(model, processor, **images).cpu() for images in scenes]
+    pictures, truths = [PIL.Image.open(images["rgb"]) for images in scenes], [val[row]["labels"] for row in rows]
+    write_prediction_rows(path, pictures, truths, guesses, model.config.num_labels)
 
 
 def main() -> dict[str, float]:
@@ -141,6 +156,8 @@ def main() -> dict[str, float]:
     for kept in subsets:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             metrics[f"mean_iou_{'+'.join(kept)}"] = evaluate_modalities(model, report, kept)["mean_iou"]
+    if "rgb" in sensors:
+        write_pictures(Path(args.out, "predictions.png"), model, processor, val)
     print(
         {
             name: round(value, 4)

@@ -24,6 +24,7 @@ from vitweave.processing.image_processing_pil_modality import ModalityImageProce
 from vitweave.training.modality_data import ModalityAugmentation, ModalityFolder
 from vitweave.training.translation import train_translation
 from vitweave.training.translation_data import TranslationDataset
+from vitweave.training.translation_pictures import write_translations
 
 DEPTH = {"encoding": "metres", "scale": 0.001, "invalid": 0, "value_range": [0.0, 10.0]}
 # TokenFusion's generator "b2" (arXiv:2204.08721)
@@ -48,6 +49,7 @@ class Arguments:
     target: str = field(default="depth", metadata={"help": "what it draws"})
     sensors: str = field(default="{}", metadata={"help": "JSON: modality -> its encoding, where the names do not tell"})
     encoder: str = field(default="", metadata={"help": "a SegFormer (folder or id); empty: TokenFusion's, anew"})
+    stream: str = field(default="{}", metadata={"help": "JSON: fields of SegformerConfig, of an encoder made anew"})
     fusion: str = field(default="token_exchange", metadata={"help": "or none", "choices": ["none", *MODALITY_FUSIONS]})
     fusion_options: str = field(default="{}", metadata={"help": "JSON"})
     adversarial: bool = field(default=False, metadata={"help": "train against a discriminator"})
@@ -57,6 +59,7 @@ class Arguments:
     steps: int = 20000
     eval_every: int = 1000
     batch_size: int = 4
+    bf16: bool = field(default=False, metadata={"help": "train in bfloat16 where that is safe"})
     lr: float = 2e-4
     seed: int = 0
     out: str = "runs/translation"
@@ -119,13 +122,14 @@ def main() -> dict[str, float]:
         model = ModalityFusionForImageToImage.from_encoder(args.encoder, **options)
     else:
         sizes = {"num_encoder_blocks": 5, "patch_sizes": [3] * 5, "strides": [2] * 5, "mlp_ratios": [4] * 5}
-        stream = SegformerConfig(**sizes, **(SMALL if args.tiny else RELEASED))
+        stream = SegformerConfig(**(sizes | (SMALL if args.tiny else RELEASED) | json.loads(args.stream)))
         model = ModalityFusionForImageToImage(ModalityFusionConfig(stream_config=stream, **options))
 
-    # 3. Train and keep the best checkpoint by the mean absolute error
+    # 3. Train, keep the best checkpoint by the mean absolute error, and look at what it draws
     arguments = {"max_steps": args.steps, "save_strategy": "steps", "save_steps": args.eval_every, "seed": args.seed}
-    arguments |= {"learning_rate": args.lr, "per_device_train_batch_size": args.batch_size}
+    arguments |= {"learning_rate": args.lr, "per_device_train_batch_size": args.batch_size, "bf16": args.bf16}
     metrics = train_translation(model, train, val, processor, args.out, args.resume, args.adversarial, **arguments)
+    write_translations(Path(args.out, "drawn.png"), model, val)
     print({name: round(metrics[name], 4) for name in ("train_loss", "mae", "mse", "psnr", "ssim")})
     return metrics
 

@@ -100,6 +100,7 @@ PUBLIC = {
     "train_tokenizer": "vitweave.training.text_tokenizer",
     "train_vlm": "vitweave.training.vlm",
     "write_depth_rows": "vitweave.training.pictures",
+    "write_translations": "vitweave.training.translation_pictures",
 }
 
 register()

@@ -23,6 +23,11 @@ def target_processor(name: str, sensor: dict, like: ModalitySteps) -> ModalitySt
     )
 
 
+def signed(shifted: torch.Tensor) -> torch.Tensor:
+    """What `target_processor` gives, in [-1, 1]; NaN where nothing was measured."""
+    return torch.where(shifted == 0, torch.nan, 2 * shifted - 3)
+
+
 class TranslationDataset(ModalityDataset):
     """As `ModalityDataset`, with labels (3, height, width) in [-1, 1]; NaN where the target was not measured.
 
@@ -52,8 +57,7 @@ class TranslationDataset(ModalityDataset):
                 f"expected a target of the sensors' size {tuple(encoded['pixel_values'].shape[-2:])}, got"
                 f" {tuple(shifted.shape[-2:])}; set the processor's size"
             )
-        labels = torch.where(shifted == 0, torch.nan, 2 * shifted - 3)
-        return {key: encoded[key][0] for key in ("pixel_values", "modality_mask")} | {"labels": labels}
+        return {key: encoded[key][0] for key in ("pixel_values", "modality_mask")} | {"labels": signed(shifted)}
 
 
 def translate_modalities(model, processor, **images) -> torch.Tensor:

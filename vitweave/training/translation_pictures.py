@@ -1,0 +1,49 @@
+"""A PNG with one row per scene: what the sensors saw, the image drawn from it, and the real one."""
+
+from pathlib import Path
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+from vitweave.training.modes import evaluating
+from vitweave.training.pictures import legend, picture_row, stack_rows
+from vitweave.training.translation_data import TranslationDataset, signed, target_processor
+
+
+def painted(image: Tensor) -> PIL.Image.Image:
+    """(3, height, width) in [-1, 1] as a picture; white where nothing was measured (NaN)."""
+    values = ((image.float() + 1) / 2).clamp(0, 1).nan_to_num(1.0)
+    return PIL.Image.fromarray((255 * values).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def write_translations(
+    path: str | Path, model, dataset: TranslationDataset, count: int = 6, height: int = 144, gap: int = 4
+) -> None:
+    """Write rows of the sensors' images, the drawn and the real one, and a line that says which column is which.
+
+    A measure is shown as the model sees it: black is the low end of its `value_range`, white the high end and what was
+    not measured.
+
+    Args:
+        model: a `ModalityFusionForImageToImage`; it is in its former mode afterwards.
+        dataset: without augmentation; `count` scenes are taken, spread evenly.
+        height: of a row, in pixels.
+    """
+    steps, count = dataset.processor, min(count, len(dataset))
+    shown = {name: target_processor(name, sensor, steps) for name, sensor in steps.modalities.items()}
+    rows = []
+    for index in (row * len(dataset) // count for row in range(count)):
+        item, sample = dataset[index], dataset.samples[index]
+        with evaluating(model):
+            inputs = {name: item[name][None].to(model.device) for name in ("pixel_values", "modality_mask")}
+            drawn = model(**inputs).reconstruction[0].cpu()
+        images, seen = sample.get("images", sample), []
+        for name, one in shown.items():
+            present = images.get(name) is not None
+            seen.append(signed(one({name: images[name]})["pixel_values"][0, 0]) if present else drawn * torch.nan)
+        first, *others = [painted(image) for image in (*seen, drawn, item["labels"])]
+        rows.append(picture_row(first, others, height, gap))
+    columns = [*shown, f"{dataset.target}, drawn", f"{dataset.target}, real"]
+    width = (rows[0].width + gap) // len(columns) - gap
+    stack_rows([*rows, legend(width, [(name, None) for name in columns], 14, gap)], gap).save(path)
