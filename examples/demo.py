@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForSemanticSegmentation, set_seed
 from vitweave.analysis.pca import pca_maps
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.hub.card import CardInfo, CardMetric
+from vitweave.hub.checksums import sha256
 from vitweave.hub.export import export
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
@@ -60,6 +61,14 @@ def read(split: str) -> list[dict]:
     """The pictures and class maps of one part, decoded once and kept in memory; `picture` is the untouched one."""
     samples = FolderSamples(CELLS / split)
     return [{**sample, "picture": sample["image"], "image": even_out(sample["image"])} for sample in samples]
+
+
+def keep_samples(samples: list[dict], folder: Path) -> None:
+    """Write the pictures as the model sees them, and the class maps, for `vitweave verify`."""
+    for part in ("image", "label"):
+        (folder / part).mkdir(parents=True)
+        for sample in samples:
+            sample[part].save(folder / part / f"{Path(sample['name']).stem}.png")
 
 
 def otsu(picture: PIL.Image.Image) -> np.ndarray:
@@ -199,13 +208,16 @@ def main() -> None:
     model = AutoModelForSemanticSegmentation.from_pretrained(args.out / "model").eval()
     predictions = predict(model, processor, test, zoom)
     result, baseline = score(predictions, test), score([otsu(sample["picture"]) for sample in test], test)
+    keep_samples(test, args.out / "cells" / "test")
+    options = {"window": WINDOW, "stride": WINDOW * 3 // 4} if zoom == 1 else None  # `verify` does not enlarge
     card = CardInfo(
         model_name="vitweave-demo",
         summary="A small specialised ViT that tells nuclei and their boundaries from the background.",
         license="apache-2.0",
         training_data="104 microscopy images of the 2018 Data Science Bowl (BBBC038, CC0), in examples/data/cells.",
         training_command="make demo",
-        metrics=[CardMetric("mean_iou", result["mean_iou"], "make demo", "examples/data/cells", "mIoU", "test")],
+        data_sha256={"cells": sha256(args.out / "cells")},
+        metrics=[CardMetric("mean_iou", result["mean_iou"], "make demo", "cells", "mIoU", "test", options)],
         limitations=f"Wants bright nuclei (`even_out` in examples/demo.py) and windows of {WINDOW} pixels.",
     )
     export(model, args.out / "export", processor, card)
@@ -215,6 +227,7 @@ def main() -> None:
     rows = [test[i] for i in shown], [predictions[i] for i in shown]
     write_report(args.out / "report.png", model, processor, *rows, zoom)
     print(f"in {args.out}: model/, export/ (loads without vitweave), report.png (picture, truth, prediction, PCA)")
+    print(f"measure it again: vitweave verify {args.out}/export --data cells={args.out}/cells")
     print("IoU: " + ", ".join(f"{n} {v:.3f}" for n, v in zip(ID2LABEL.values(), result["per_class_iou"], strict=True)))
     print(f"val mIoU: {score(predict(model, processor, val, zoom), val)['mean_iou']:.3f}")
     print(f"Otsu threshold baseline, test mIoU: {baseline['mean_iou']:.3f}")

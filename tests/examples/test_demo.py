@@ -46,5 +46,9 @@ def test_the_demo_runs_to_its_last_line(tmp_path):
     assert run.returncode == 0, run.stderr
     assert re.fullmatch(r"test mIoU: 0\.\d{3}", run.stdout.splitlines()[-1])
     assert (out / "model" / "model.safetensors").is_file() and (out / "export" / "README.md").is_file()
+    command = [sys.executable, "-m", "vitweave.cli", "verify", str(out / "export"), "--data", f"cells={out / 'cells'}"]
+    again = subprocess.run([*command, "--tolerance", "1e-6"], cwd=DEMO.parents[1], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "mIoU on cells, test: 0." in again.stdout and "recomputed 0." in again.stdout
     width, height = PIL.Image.open(out / "report.png").size
     assert (width, height) == (4 * 256, 256)

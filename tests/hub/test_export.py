@@ -16,6 +16,7 @@ from tiny_vlm import CONVNEXT, tiny_tower, tiny_vlm_config, tiny_vlm_processor
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
     BitImageProcessorPil,
     Dinov2Config,
     Dinov2Model,
@@ -166,8 +167,14 @@ def test_modes_of_the_model_are_restored_after_the_check(tmp_path, monkeypatch):
 # --- the clean process -----------------------------------------------------------------------------------------------
 
 SAVE_AGAIN = """
-import runpy, sys
+import runpy, socket, sys
 from pathlib import Path
+
+class Refusing(socket.socket):
+    def connect(self, address):
+        raise SystemExit(f"reached for {address}")
+
+socket.socket = Refusing
 folder, again, verify_bundle = sys.argv[1:]
 tools = runpy.run_path(verify_bundle)
 sys.meta_path.insert(0, tools["PackageBlocker"]("vitweave"))
@@ -193,6 +200,10 @@ def test_an_export_loads_without_vitweave_and_again_after_the_user_saved_it(tmp_
     pixels = random_image(model.config)
     expected = verify_bundle.output_tensors(model(**pixels))
     verify_bundle.check_bundle(again, work, "AutoModelForSemanticSegmentation", "vitweave", pixels, expected)
+    for place in (folder, again):  # and with vitweave, by its own class
+        loaded = AutoModelForSemanticSegmentation.from_pretrained(place)
+        assert type(loaded) is DensePredictorForSemanticSegmentation
+        torch.testing.assert_close(loaded(**pixels).logits, expected["output.logits"])
     assert list(verify_bundle.own_processors(again).values()) == [
         "image_processing_pil_segmentation.SegmentationImageProcessorPil"
     ]

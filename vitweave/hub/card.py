@@ -5,8 +5,11 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vitweave.hub.checksums import sum_rows
@@ -34,6 +37,8 @@ OWN_FACTS = (
     "contrastive_loss",
     "tile_levels",
 )
+LARGEST_VALUE = 1e300
+SHA256 = re.compile(r"[0-9a-f]{64}")
 CLS_WEIGHT = re.compile(r"_cls(_down|_up)?(\.|$)")
 CITATION = """@software{vitweave,
   title = {vitweave: woven vision encoders for Hugging Face transformers},
@@ -78,7 +83,8 @@ TEMPLATE = """---
 {% endif %}
 {% if checksums %}## Checksums
 
-SHA-256; `vitweave verify FOLDER`, or `sha256sum --check SHA256SUMS` in the folder, compares all files.
+SHA-256; `vitweave verify FOLDER`, or `sha256sum --check SHA256SUMS` in the folder, compares all files; with
+`--data DATASET=PATH` the command also measures the results again.
 
 | what | SHA-256 |
 | --- | --- |
@@ -100,22 +106,30 @@ SHA-256; `vitweave verify FOLDER`, or `sha256sum --check SHA256SUMS` in the fold
 """
 
 
+@strict
 @dataclass
 class CardMetric:
     """One measured number; without the command that gives it again, it is not published."""
 
     type: str  # the Hub's id of the metric, e.g. "mean_iou"
-    value: float
+    value: float | int
     command: str
     dataset: str  # the Hub's id of the data set, or a short name
     name: str | None = None  # e.g. "mIoU"
     split: str | None = None
+    # of the evaluation, see `evaluations`, e.g. {"keep": ["rgb"]}; None: only the command measures it
+    options: dict | None = field(default_factory=dict)
 
     def __post_init__(self):
+        if not -LARGEST_VALUE < self.value < LARGEST_VALUE:
+            raise ValueError(f"metric {self.type!r} needs a number that was measured, got {self.value!r:.100}")
+        if json.loads(json.dumps(self.options)) != self.options:
+            raise ValueError(f"metric {self.type!r} needs options that JSON gives back, got {self.options!r:.100}")
         if not self.command.strip():
             raise ValueError(f"metric {self.type!r} needs the command that recomputes it, got an empty one")
 
 
+@strict
 @dataclass
 class CardInfo:
     """What a card says beyond the facts in the config. Whatever is not given is said to be missing."""
@@ -127,14 +141,17 @@ class CardInfo:
     datasets: list[str] = field(default_factory=list)
     training_data: str | None = None
     training_command: str | None = None
-    metrics: list[CardMetric] = field(default_factory=list)
+    metrics: list = field(default_factory=list)  # of `CardMetric`; a dict becomes one
     limitations: str | None = None
     citation: str | None = None
     tags: list[str] = field(default_factory=list)
     data_sha256: dict[str, str] = field(default_factory=dict)  # data set -> SHA-256, see `checksums.sha256`
 
     def __post_init__(self):
-        self.metrics = [m if isinstance(m, CardMetric) else _build(CardMetric, m, "metric") for m in self.metrics]
+        self.metrics = [m if isinstance(m, CardMetric) else build(CardMetric, m, "metric") for m in self.metrics]
+        strange = sorted(name for name, digest in self.data_sha256.items() if not SHA256.fullmatch(digest))
+        if strange:
+            raise ValueError(f"expected SHA-256 as 64 hexadecimal digits in data_sha256, got others for {strange}")
 
     @classmethod
     def load(cls, path: str | Path) -> "CardInfo":
@@ -148,7 +165,7 @@ class CardInfo:
             values = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
-        return _build(cls, values, f"card {path.name}")
+        return build(cls, values, f"card {path.name}")
 
     def save(self, folder: str | Path) -> Path:
         """Write `vitweave_card.json` into a model folder."""
@@ -157,8 +174,8 @@ class CardInfo:
         return path
 
 
-def _build(kind: type, values: dict, role: str) -> "CardInfo | CardMetric":
-    """A dataclass from a dict, with unknown and missing keys refused by name."""
+def build(kind: type, values: dict, role: str) -> Any:
+    """A strict dataclass from a dict, with unknown and missing keys and wrong types refused by name."""
     if not isinstance(values, dict):
         raise ValueError(f"{role}: expected a mapping, got {type(values).__name__}")
     known = {f.name: f for f in dataclasses.fields(kind)}
@@ -168,7 +185,10 @@ def _build(kind: type, values: dict, role: str) -> "CardInfo | CardMetric":
         raise ValueError(
             f"{role}: unknown keys {unknown}, missing {sorted(required - set(values))}; known {list(known)}"
         )
-    return kind(**values)
+    try:
+        return kind(**values)
+    except StrictDataclassError as error:
+        raise ValueError(f"{role}: {error}") from error
 
 
 def model_card(

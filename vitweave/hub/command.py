@@ -24,25 +24,77 @@ def add_verify_command(subparsers: argparse._SubParsersAction) -> None:
     """Register the sub-command."""
     parser = subparsers.add_parser(
         "verify",
-        help="compare the files of a published model with their checksums",
+        help="compare the files of a published model with their checksums, and its metrics with new ones",
         description="Compare the files in FOLDER with the SHA256SUMS that `vitweave export` wrote there: changed,"
-        " missing and added ones are told. No code of FOLDER is run; the card names the commands that recompute its"
-        " metrics.",
+        " missing and added ones are told. Then measure the metrics of its card again on the data sets that are given."
+        " Neither code of FOLDER nor a command of its card is run. Of a card alone, a CARD.md, the metrics are listed.",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="an exported model")
+    parser.add_argument("folder", metavar="FOLDER", help="an exported model, or the page of a card")
+    parser.add_argument(
+        "--data",
+        metavar="NAME=PATH",
+        type=name_and_path,
+        nargs="+",
+        action="extend",
+        default=[],
+        help="where a data set of the card lies, whose metrics are then measured again",
+    )
+    parser.add_argument("--tolerance", type=float, default=0.005, help="largest difference that passes (0.005)")
     parser.set_defaults(run=run_verify)
 
 
+def name_and_path(text: str) -> tuple[str, Path]:
+    """`NAME=PATH` as an argument."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"expected NAME=PATH, got {text!r}")
+    return name, Path(path)
+
+
+def printable(text: object) -> str:
+    """What stands on a card, in one line that can do nothing to a terminal."""
+    return " ".join("".join(one if one.isprintable() else " " for one in str(text)).split())
+
+
 def run_verify(args: argparse.Namespace) -> None:
-    """Check the sums, print how many files were compared and how the metrics are recomputed."""
+    """Check files, data and metrics, in this order; print what was found, and fail where it differs."""
     from vitweave.hub.card import CardInfo
     from vitweave.hub.checksums import check_sums
+    from vitweave.hub.recompute import check_data, recompute
 
-    folder = Path(args.folder)
+    folder, data = Path(args.folder), dict(args.data)
+    if folder.suffix == ".md" and folder.is_file():
+        list_page(folder)
+        return
     sums = check_sums(folder)
     print(f"{folder}: {len(sums)} files as published")
-    for metric in CardInfo.load(folder).metrics:
-        print(f"{metric.name or metric.type} = {metric.value} on {metric.dataset}: recompute with {metric.command}")
+    card = CardInfo.load(folder)
+    for name, known in check_data(card, data).items():
+        print(f"{name}: {'data as published' if known else 'the card has no SHA-256 of the data, they may be others'}")
+    differing = []
+    for found in recompute(folder, card.metrics, data):
+        metric = found.metric
+        what = printable(f"{metric.name or metric.type} on {metric.dataset}, {metric.split}: {metric.value:.6g}")
+        if found.value is None:
+            print(f"{what}, not recomputed: {printable(found.reason)}; by its author: {printable(metric.command)}")
+            continue
+        print(f"{what}, recomputed {found.value:.6g}, difference {found.difference:+.2g}")
+        if not abs(found.difference) <= args.tolerance:  # a NaN differs
+            differing.append(f"{what} but recomputed {found.value:.6g}")
+    if differing:
+        raise ValueError(f"{len(differing)} metrics differ by more than {args.tolerance:g}: {'; '.join(differing)}")
+
+
+def list_page(path: Path) -> None:
+    """Print what a card's page says was measured, and how."""
+    from vitweave.hub.card_page import read_page
+
+    rows, commands = read_page(path)
+    print(f"{path}: the page of a card, there is no model to evaluate; its commands, none of which was run:")
+    for name, dataset, split, value, command in rows:
+        print(printable(f"{name} on {dataset}, {split}: {value}, by {command}"))
+    for command in commands:
+        print(printable(command))
 
 
 def run_export(args: argparse.Namespace) -> None:

@@ -3,12 +3,8 @@
 import copy
 from collections.abc import Sequence
 
-from torch.utils.data import DataLoader
-
-from vitweave.training.metrics import ConfusionMatrix, predicted_classes
 from vitweave.training.modality_data import ModalityDataset
-from vitweave.training.modes import evaluating
-from vitweave.training.paired_data import collate_pairs
+from vitweave.training.segmentation_evaluation import evaluate_segmentation
 
 
 def evaluate_modalities(
@@ -21,10 +17,4 @@ def evaluate_modalities(
     """
     shown = copy.copy(dataset)
     shown.keep = keep
-    confusion = ConfusionMatrix(model.config.num_labels, model.config.semantic_loss_ignore_index)
-    with evaluating(model):
-        for batch in DataLoader(shown, batch_size, collate_fn=collate_pairs):
-            labels = batch.pop("labels").to(model.device)
-            outputs = model(**{name: part.to(model.device) for name, part in batch.items()})
-            confusion.update(predicted_classes(outputs.logits, labels), labels)
-    return confusion.compute()
+    return evaluate_segmentation(model, shown, batch_size)
