@@ -14,6 +14,7 @@ from transformers import ViTImageProcessorPil, set_seed
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # top-level, 5.13 wants torchvision
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.hub.run_card import save_run_card
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
 from vitweave.processing.crop_augmentation import ClassificationAugmentation
 from vitweave.training.class_pictures import write_predictions
@@ -74,6 +75,8 @@ steps["cache_features"] = args.cache_features
 options = {"learning_rate": args.lr, "per_device_train_batch_size": args.batch_size, **steps}
 metrics = train_classification(model, train, held_out, processor, args.out, args.resume, **options)
 
-# 4. Draw what the best checkpoint says, and print what came out
+# 4. Draw what the best checkpoint says, and tell what came out, on its card too
 write_predictions(Path(args.out, "predictions.png"), model, held_out)
 print({name: round(value, 4) for name, value in metrics.items()})
+if not args.tiny and Path(args.data).is_dir():
+    save_run_card(args.out, args.data, "validation", [("accuracy", metrics["accuracy"], {})])

@@ -16,6 +16,7 @@ import torch
 from transformers import HfArgumentParser, set_seed
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.hub.run_card import save_run_card
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
 from vitweave.modeling.modeling_layer_fusion import LayerFusionBackbone
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone, SpecializedViTModel
@@ -115,7 +116,7 @@ def main() -> dict[str, float]:
 
         model = get_peft_model(model, lora_config(model, preset="cls"))
 
-    # 4. Train, keep the best checkpoint by AbsRel, look at it, and print what came out
+    # 4. Train, keep the best checkpoint by AbsRel, look at it, and tell what came out, on its card too
     arguments = {"max_steps": args.steps, "save_strategy": "steps", "save_steps": args.eval_every, "seed": args.seed}
     arguments |= {"learning_rate": args.lr, "per_device_train_batch_size": args.batch_size}
     cache, out = args.cache_features or None, Path(args.out)
@@ -132,6 +133,10 @@ def main() -> dict[str, float]:
     if args.test:
         metrics = {f"test_{name}": value for name, value in evaluate_depth(model, report, args.protocol).items()}
     print({name: round(value, 4) if isinstance(value, float) else value for name, value in metrics.items()})
+    if not args.tiny:
+        place, split, prefix = (args.test, "test", "test") if args.test else (args.data, "val", args.protocol)
+        found = [(name, metrics[f"{prefix}_{name}"], {"protocol": args.protocol}) for name in ("abs_rel", "rmse", "a1")]
+        save_run_card(out, place, split, found)
     return metrics
 
 

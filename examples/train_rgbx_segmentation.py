@@ -22,6 +22,7 @@ from transformers import HfArgumentParser, SegformerConfig, set_seed
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # top-level, 5.13 wants torchvision
 
 from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
+from vitweave.hub.run_card import save_run_card
 from vitweave.modeling.modality_fusion.registry import MODALITY_FUSIONS
 from vitweave.modeling.modeling_modality_fusion import ModalityFusionForSemanticSegmentation
 from vitweave.processing.image_processing_pil_modality import ModalityImageProcessorPil
@@ -144,7 +145,7 @@ def main() -> dict[str, float]:
         stream = SegformerConfig(**small) if args.tiny else SegformerConfig()
         model = ModalityFusionForSemanticSegmentation(ModalityFusionConfig(stream_config=stream, **options))
 
-    # 3. Train, keep the best checkpoint by mean IoU, and report
+    # 3. Train, keep the best checkpoint by mean IoU, and report, on its card too
     arguments = {"max_steps": args.steps, "save_strategy": "steps", "save_steps": args.eval_every, "seed": args.seed}
     arguments |= {"learning_rate": args.lr, "per_device_train_batch_size": args.batch_size, "bf16": args.bf16}
     metrics = train_segmentation(
@@ -165,6 +166,8 @@ def main() -> dict[str, float]:
             if name.startswith(("mean_iou", "pixel", "train_loss"))
         }
     )
+    found = [("mean_iou", metrics[f"mean_iou_{'+'.join(kept)}"], {"keep": list(kept)}) for kept in subsets]
+    save_run_card(args.out, args.test or args.data, "test" if args.test else "val", found)
     return metrics
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import HfArgumentParser, set_seed
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.hub.run_card import save_run_card
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTBackbone
 from vitweave.processing.augmentation import SegmentationAugmentation
@@ -96,7 +97,7 @@ def main() -> dict[str, float]:
 
         model = get_peft_model(model, lora_config(model, preset="cls"))
 
-    # 4. Train, keep the best checkpoint by mean IoU, and print what came out
+    # 4. Train, keep the best checkpoint by mean IoU, and tell what came out, on its card too
     metrics = train_segmentation(
         model,
         train,
@@ -114,6 +115,8 @@ def main() -> dict[str, float]:
         seed=args.seed,
     )
     print({name: round(value, 4) for name, value in metrics.items()})
+    if not args.tiny and Path(args.data).is_dir():
+        save_run_card(args.out, args.data, "val", [("mean_iou", metrics["mean_iou"], {})])
     return metrics
 
 

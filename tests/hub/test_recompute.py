@@ -1,4 +1,4 @@
-"""`vitweave verify` measures the metrics of a card again, on the data of the card and by nothing that the card brings."""
+"""`vitweave verify` measures the metrics of a card again, on the data of the card and with no code or command of it."""
 
 import json
 import shutil
