@@ -53,7 +53,8 @@ def test_the_card_tells_weights_code_and_data(folder):
 def test_the_command_agrees_and_tells_how_metrics_are_recomputed(folder, capsys):
     assert main(["verify", str(folder)]) == 0
     told = capsys.readouterr().out
-    assert "files as published" in told and "accuracy = 0.5 on digits: recompute with python measure.py" in told
+    assert "files as published" in told and "accuracy on digits: 0.5, not recomputed" in told
+    assert "by its author: python measure.py" in told
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pretrained.py"])

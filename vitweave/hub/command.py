@@ -74,7 +74,8 @@ def run_verify(args: argparse.Namespace) -> None:
     differing = []
     for found in recompute(folder, card.metrics, data):
         metric = found.metric
-        what = printable(f"{metric.name or metric.type} on {metric.dataset}, {metric.split}: {metric.value:.6g}")
+        place = metric.dataset if metric.split is None else f"{metric.dataset}, {metric.split}"
+        what = printable(f"{metric.name or metric.type} on {place}: {metric.value:.6g}")
         if found.value is None:
             print(f"{what}, not recomputed: {printable(found.reason)}; by its author: {printable(metric.command)}")
             continue
