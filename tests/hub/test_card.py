@@ -2,7 +2,9 @@
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import SegformerConfig
 
+from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.hub.card import CardInfo, CardMetric, architecture_facts, config_facts, model_card
@@ -126,3 +128,12 @@ def test_a_tower_names_its_encoders():
     facts = dict(config_facts(config))
     assert facts["fusion type"] == "add" and facts["encoder 0: hidden size"] == "32"
     assert facts["encoder 1: type"] == "`mobilenet_v2`" and facts["encoder 1: image size"] == "64"
+
+
+def test_a_model_of_several_sensors_tells_its_streams():
+    sizes = {"num_encoder_blocks": 2, "hidden_sizes": [16, 32], "depths": [1, 1], "num_attention_heads": [1, 2]}
+    sizes |= {"patch_sizes": [7, 3], "strides": [4, 2], "sr_ratios": [4, 2], "mlp_ratios": [2, 2]}
+    stream = SegformerConfig(**sizes)
+    facts = dict(config_facts(ModalityFusionConfig(modalities=["rgb", "depth"], stream_config=stream)))
+    assert facts["modalities"] == "['rgb', 'depth']" and facts["fusion type"] == "gemini"
+    assert facts["stream: type"] == "`segformer`" and facts["stream: hidden sizes"] == "[16, 32]"

@@ -25,9 +25,18 @@ PIPELINE_TAGS = {
     "AutoModelForZeroShotImageClassification": "zero-shot-image-classification",
     "AutoModelForImageTextToText": "image-text-to-text",
 }
-NESTED = ("backbone_config", "encoder_config", "vision_config", "text_config")
-GENERAL_FACTS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "patch_size", "image_size")
+NESTED = ("backbone_config", "encoder_config", "stream_config", "vision_config", "text_config")
+GENERAL_FACTS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "hidden_sizes",
+    "depths",
+    "num_attention_heads",
+    "patch_size",
+    "image_size",
+)
 OWN_FACTS = (
+    "modalities",
     "head_type",
     "loss_type",
     "fusion_type",
