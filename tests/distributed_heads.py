@@ -7,14 +7,13 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from accelerate_configs import plugin_of
 from modality_models import aligned, mit_fusion
 from retrieval_models import pairs, retriever
 from safetensors.torch import save_file
 from tiny_vlm import EightSamples, tiny_vlm_config
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Dinov2Config
@@ -30,6 +29,7 @@ from vitweave.modeling.modeling_modality_fusion import ModalityFusionForSemantic
 from vitweave.modeling.modeling_multi_encoder import MultiEncoderForImageClassification
 from vitweave.modeling.modeling_multi_encoder_vlm import MultiEncoderVlmForConditionalGeneration
 from vitweave.modeling.modeling_specialized_vit import SpecializedViTForImageClassification
+from vitweave.training.sharding import leave_numbers_whole
 
 STEPS = 3
 BATCH = 4  # of all processes together
@@ -139,27 +139,12 @@ def wrapped(model: nn.Module, kind: str) -> nn.Module:
     if kind == "ddp":
         return DistributedDataParallel(model, find_unused_parameters=True)
     # what Accelerator does with a plugin; on CPU it ignores the plugin and takes DDP
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
-    )
+    plugin = plugin_of("fsdp2.yaml")
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=True, device="cpu"
     )
-    if any(parameter.ndim == 0 for parameter in model.parameters()):
-        return wrapped_around_scalars(model)
+    leave_numbers_whole(model, plugin)
     return fsdp2_prepare_model(accelerator, model)
-
-
-def wrapped_around_scalars(model: nn.Module) -> nn.Module:
-    """By torch itself: it cannot cut a number in shards, and accelerate cannot leave single parameters whole.
-
-    What is left whole gets the gradient of its own process; of a contrastive loss all processes compute the whole.
-    """
-    left = {parameter for parameter in model.parameters() if parameter.ndim == 0}
-    for part in [*model.modules()][:0:-1]:
-        if type(part).__name__ in model._no_split_modules:
-            fully_shard(part, ignored_params=left)
-    return fully_shard(model, ignored_params=left)
 
 
 def train(model: nn.Module, batches: list[dict[str, Tensor]], scale: int = 1) -> list[float]:

@@ -1,15 +1,9 @@
 """The launch configs of accelerate are read by accelerate, and mean what their comments say."""
 
-import os
-from pathlib import Path
-
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate_configs import FOLDER, launch_environment, plugin_of
 
-FOLDER = Path(__file__).parents[2] / "examples" / "accelerate"
 TYPES = {"ddp.yaml": "MULTI_GPU", "fsdp2.yaml": "FSDP", "deepspeed.yaml": "DEEPSPEED"}
 
 
@@ -23,15 +17,16 @@ def test_accelerate_reads_every_key(name):
     assert config.distributed_type == TYPES[name] and config.num_machines == 1
 
 
-def test_the_options_of_fsdp_reach_the_plugin(monkeypatch):
-    for key in [key for key in os.environ if key.startswith(("FSDP", "ACCELERATE"))]:
-        monkeypatch.delenv(key)
-    arguments = launch_command_parser().parse_args(["--config_file", str(FOLDER / "fsdp2.yaml"), "train.py"])
-    arguments = _validate_launch_command(arguments)[0]
-    for key, value in prepare_multi_gpu_env(arguments).items():
-        if key.startswith("FSDP"):
-            monkeypatch.setenv(key, value)
-    plugin = FullyShardedDataParallelPlugin()
+def test_the_options_of_fsdp_reach_the_plugin():
+    plugin = plugin_of("fsdp2.yaml")
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
     assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
-    assert plugin.state_dict_type.name == "FULL_STATE_DICT" and plugin.cpu_ram_efficient_loading
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT" and not plugin.cpu_ram_efficient_loading
+
+
+def test_the_options_of_deepspeed_reach_its_processes():
+    variables = launch_environment("deepspeed.yaml")
+    assert variables["ACCELERATE_USE_DEEPSPEED"] == "true" and variables["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
+    # the Trainer puts in what its own arguments say
+    assert variables["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == variables["ACCELERATE_GRADIENT_CLIPPING"] == "auto"

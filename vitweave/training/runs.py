@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from vitweave.training.checkpoints import RestoreWeights, last_complete_checkpoint, list_checkpoints, restore_weights
 from vitweave.training.feature_cache import FeatureCollator, with_cached_features
 from vitweave.training.parameter_groups import parameter_groups
+from vitweave.training.sharding import leave_numbers_whole
 
 
 class TellEpoch(TrainerCallback):
@@ -118,7 +119,7 @@ def build_trainer(
         raise ValueError("no parameter of the model requires a gradient; train the head, an adapter, or everything")
     train_dataset, eval_dataset = with_cached_features(model, train_dataset, eval_dataset, cache_features, args)
     epochs = [TellEpoch(train_dataset)] if hasattr(train_dataset, "set_epoch") else []
-    return trainer_class(
+    trainer = trainer_class(
         model=model,
         args=args,
         train_dataset=train_dataset,
@@ -130,6 +131,8 @@ def build_trainer(
         optimizer_cls_and_kwargs=(optimizer_class, {**options, "params": groups}),
         callbacks=[*epochs, RestoreWeights(checkpoint), *callbacks],
     )
+    leave_numbers_whole(model, getattr(trainer.accelerator.state, "fsdp_plugin", None), args.device)
+    return trainer
 
 
 def is_finished(checkpoint: str, args: TrainingArguments) -> bool:
