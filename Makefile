@@ -6,7 +6,8 @@
 #   make test-floor        the fast tier on the oldest supported transformers
 #   make test-torchvision  the tests that need torchvision and timm, on the newest torch
 #   make docs              the documentation in build/site, from docs/ and the docstrings
-#   make lint | bench | clean
+#   make bench             every measured table of README anew, with its peers in the same run        (40 minutes)
+#   make lint | clean
 
 PYTHON ?= python3
 TESTS ?= tests
@@ -48,7 +49,7 @@ lint: .venv/stamp
 	.venv/bin/ruff format --check .
 
 bench: .venv/stamp
-	for script in benchmarks/*.py; do .venv/bin/python $$script || exit 1; done
+	.venv/bin/python benchmarks/run_all.py
 
 clean:
 	rm -rf .venv .venv-docs .venv-floor .venv-torchvision build dist demo demo-retrieval runs *.egg-info .pytest_cache .ruff_cache

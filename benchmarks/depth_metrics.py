@@ -1,28 +1,27 @@
 """Depth metrics against the published per-image NumPy loop, and the memory an evaluation takes per image.
 
-    python benchmarks/depth_metrics.py
+    python benchmarks/depth_metrics.py [--tiny]
 
 Prints milliseconds of one CPU per image (medians, interleaved) and MiB per image over 500 images of `evaluate_depth`.
 `--tiny` runs both on a few small images and writes no results.
 """
 
+import argparse
 import statistics
-import sys
 import time
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
-from segmentation_metrics import resident_mib
-from timing import row, write_results
+from timing import mib_per_image, resident_mib, row, write_results
 from torch import nn
 
 from vitweave.training import depth_evaluation
 from vitweave.training.depth_evaluation import evaluate_depth
 from vitweave.training.depth_metrics import DEPTH_METRICS, DepthMetrics
 
-TINY = "--tiny" in sys.argv
-HEIGHT, WIDTH, IMAGES, BATCH, ROUNDS = (48, 64, 40, 4, 2) if TINY else (480, 640, 500, 8, 15)
+FULL, TINY = (480, 640), (48, 64)
 LOW, HIGH = 1e-3, 10.0
 
 
@@ -40,8 +39,8 @@ class PublishedLoop:
             prediction[np.isinf(prediction)] = HIGH
             prediction[np.isnan(prediction)] = LOW
             valid = np.logical_and(truth > LOW, truth < HIGH)
-            window = np.zeros(valid.shape)
-            rows, columns = (int(45 * HEIGHT / 480), int(471 * HEIGHT / 480)), (41 * WIDTH // 640, 601 * WIDTH // 640)
+            window, (height, width) = np.zeros(valid.shape), valid.shape
+            rows, columns = (int(45 * height / 480), int(471 * height / 480)), (41 * width // 640, 601 * width // 640)
             window[slice(*rows), slice(*columns)] = 1
             valid = np.logical_and(valid, window)
             self.results.append(self.errors(truth[valid], prediction[valid]))
@@ -63,28 +62,28 @@ class PublishedLoop:
         return dict(zip(DEPTH_METRICS, np.mean(self.results, axis=0), strict=True))
 
 
-def random_depth(holes: float) -> tuple[np.ndarray, np.ndarray]:
+def random_depth(holes: float, batch: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """One batch of float32 labels with holes, and predictions some ten percent off."""
     rng = np.random.default_rng(0)
-    labels = rng.uniform(0.5, 9.9, (BATCH, HEIGHT, WIDTH)).astype(np.float32)
+    labels = rng.uniform(0.5, 9.9, (batch, *size)).astype(np.float32)
     predictions = (labels * np.exp(rng.normal(0, 0.2, labels.shape))).astype(np.float32)
     labels[rng.random(labels.shape) < holes] = 0
     return predictions, labels
 
 
-def compare_speed(name: str, holes: float) -> dict:
-    arrays = random_depth(holes)
+def compare_speed(name: str, holes: float, batch: int, size: tuple[int, int], rounds: int) -> dict:
+    arrays = random_depth(holes, batch, size)
     tensors = [torch.from_numpy(values) for values in arrays]
     ours, published, ratios = DepthMetrics("nyu_eigen"), PublishedLoop(), []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         start = time.thread_time()
         ours.update(*tensors)
         middle = time.thread_time()
         published.update(*arrays)
-        ratios.append((1e3 * (middle - start) / BATCH, 1e3 * (time.thread_time() - middle) / BATCH))
+        ratios.append((1e3 * (middle - start) / batch, 1e3 * (time.thread_time() - middle) / batch))
     fast, slow = (statistics.median(times) for times in zip(*ratios, strict=True))
     ratio = statistics.median(slow / fast for fast, slow in ratios)
-    print(f"{HEIGHT}x{WIDTH}, {name}, ms per image: {fast:.2f}, published loop {slow:.2f}, {ratio:.1f}x")
+    print(f"{size[0]}x{size[1]}, {name}, ms per image: {fast:.2f}, published loop {slow:.2f}, {ratio:.1f}x")
     found, expected = ours.compute(), published.compute()
     if not np.allclose([found[key] for key in DEPTH_METRICS], [expected[key] for key in DEPTH_METRICS], rtol=1e-4):
         raise SystemExit(f"the two do not agree: {found} and {expected}")
@@ -112,30 +111,39 @@ class Memory(DepthMetrics):
         self.readings.append(resident_mib())
 
 
-def measure_memory() -> dict:
+def measure_memory(images: int, size: tuple[int, int]) -> dict:
     class Images(torch.utils.data.Dataset):
         def __len__(self):
-            return IMAGES
+            return images
 
         def __getitem__(self, index):
-            if index >= IMAGES:
+            if index >= images:
                 raise IndexError(index)
             return {
-                "pixel_values": torch.zeros(3, HEIGHT, WIDTH),
-                "labels": torch.full((HEIGHT, WIDTH), 1.0 + index % 7),
+                "pixel_values": torch.zeros(3, *size),
+                "labels": torch.full(size, 1.0 + index % 7),
             }
 
-    depth_evaluation.DepthMetrics = Memory
-    evaluate_depth(OneConvolution(), Images(), "nyu", batch_size=4, progress=False)
-    readings = np.array(Memory.readings[len(Memory.readings) // 5 :])  # the first batches warm the allocator up
-    slope = np.polyfit(4 * np.arange(len(readings)), readings, 1)[0]
-    kept = HEIGHT * WIDTH * 4 / 2**20
-    print(f"evaluation memory over {IMAGES} images: {slope:+.4f} MiB per image (keeping the depth: {kept:.2f})")
+    with patch.object(depth_evaluation, "DepthMetrics", Memory):
+        evaluate_depth(OneConvolution(), Images(), "nyu", batch_size=4, progress=False)
+    slope = mib_per_image(Memory.readings, batch=4)
+    kept = size[0] * size[1] * 4 / 2**20
+    print(f"evaluation memory over {images} images: {slope:+.4f} MiB per image (keeping the depth: {kept:.2f})")
     return row("depth evaluation memory, MiB per image", abs(slope), "<= 0.1")
 
 
-if __name__ == "__main__":
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a dry run in seconds; its figures say nothing")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [compare_speed("every pixel measured", 0.0), compare_speed("30 % holes", 0.3), measure_memory()]
-    if not TINY:
+    size, batch, rounds, images = (TINY, 4, 2, 40) if args.tiny else (FULL, 8, 15, 500)
+    cases = {"every pixel measured": 0.0, "30 % holes": 0.3}
+    rows = [compare_speed(name, holes, batch, size, rounds) for name, holes in cases.items()]
+    rows.append(measure_memory(images, size))
+    if not args.tiny:
         write_results("depth_metrics", rows)
+
+
+if __name__ == "__main__":
+    main()

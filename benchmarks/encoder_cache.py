@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from feature_cache import IMAGES, SIZES, MiddleClass, encoder_config, files, speedup, train, write_files
+from cached_epochs import IMAGES, SIZES, MiddleClass, encoder_config, files, speedup, train, write_files
 from timing import row, write_results
 from transformers import MobileNetV2Config
 from transformers.utils import logging
@@ -66,7 +66,7 @@ def measure(name: str, images: int, depth: int, pixels: int, rounds: int) -> lis
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", default=["tiny"], choices=list(SIZES))
     parser.add_argument("--tiny", action="store_true", help="a dry run in seconds; its figures say nothing")
     args = parser.parse_args()
     logging.disable_progress_bar()

@@ -14,7 +14,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved, keep_memory, peak_allocated, ratio, row, write_results
+from timing import (
+    forward_only,
+    interleaved,
+    keep_memory,
+    on_device,
+    peak_allocated,
+    ratio,
+    row,
+    synchronize,
+    write_results,
+)
 from torch import Tensor, nn
 
 from vitweave.modeling.encoder_fusion.base import EncoderMaps
@@ -22,7 +32,7 @@ from vitweave.modeling.encoder_fusion.mixture_of_resolution import MixtureOfReso
 from vitweave.modeling.encoder_fusion.registry import build_encoder_fusion
 from vitweave.modeling.grid_matching import map_to_tokens, tokens_to_map
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = on_device()
 MIB = 2**20
 
 
@@ -110,7 +120,7 @@ def aggregator_case(side: int, fine_side: int, channels: tuple[int, ...], width:
             query = plain_layer(layer, query, context, windows)
         return query[:, 0][None]
 
-    return Case(fusion, lambda *maps: fusion(EncoderMaps(list(maps))), plain, maps, memory="<= 1.0")
+    return Case(fusion, lambda *maps: fusion(EncoderMaps(list(maps))), plain, maps, memory="<= 1.0", most_rounds=3)
 
 
 def plain_layer(layer: nn.Module, query: Tensor, context: Tensor, windows: list[Tensor]) -> Tensor:
@@ -175,15 +185,6 @@ def vit_map(channels: int, grid: tuple[int, int]) -> Tensor:
     return tokens_to_map(random(1, grid[0] * grid[1], channels), grid)
 
 
-def forward_only(function: Callable[..., Tensor], maps: list[Tensor]) -> Callable[[], None]:
-    def run():
-        with torch.no_grad():
-            function(*maps)
-        synchronize()
-
-    return run
-
-
 def with_backward(function: Callable[..., Tensor], module: nn.Module, maps: list[Tensor]) -> Callable[[], None]:
     def run():
         output = function(*maps)
@@ -195,16 +196,11 @@ def with_backward(function: Callable[..., Tensor], module: nn.Module, maps: list
     return run
 
 
-def synchronize():
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
 def ways_to_run(case: Case) -> dict[str, dict[str, Callable[[], None]]]:
     """Way -> ours and plain."""
     forms = {"ours": case.ours, "plain": case.plain}
     trained = [part.clone().requires_grad_() for part in case.maps]
-    ways = {"forward": {form: forward_only(function, case.maps) for form, function in forms.items()}}
+    ways = {"forward": {form: forward_only(function, *case.maps) for form, function in forms.items()}}
     if any(True for _ in case.module.parameters()):
         ways["+ backward, frozen"] = {form: with_backward(f, case.module, case.maps) for form, f in forms.items()}
     ways["+ backward, trained"] = {form: with_backward(f, case.module, trained) for form, f in forms.items()}
@@ -217,8 +213,8 @@ def measure(name: str, case: Case, rounds: int) -> list[dict]:
         torch.testing.assert_close(case.ours(*case.maps), case.plain(*case.maps), rtol=1e-4, atol=1e-5)
     rows = []
     for way, runs in ways_to_run(case).items():
-        peaks = {form: peak_allocated(run) for form, run in runs.items()}
-        seconds = interleaved(runs, min(rounds, case.most_rounds))
+        peaks = {form: peak_allocated(run) for form, run in runs.items()}  # which warms them up, too
+        seconds = interleaved(runs, min(rounds, case.most_rounds), warm=True)
         facts = {form: (min(seconds[form]) * 1000, peaks[form] / MIB) for form in runs}
         told = [f"{form} {ms:8.1f} ms {mib:8.1f} MiB" for form, (ms, mib) in facts.items()]
         print(f"{name:28} {way:20} " + "   ".join(told), flush=True)
@@ -244,7 +240,7 @@ def main():
             torch.manual_seed(0)
             rows += measure(name, build(*(tiny_sizes if args.tiny else sizes)), 1 if args.tiny else args.rounds)
     if not args.tiny and not args.only:
-        write_results("encoder_fusions", rows)
+        write_results("encoder_fusions", rows, DEVICE)
 
 
 if __name__ == "__main__":

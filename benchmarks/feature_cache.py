@@ -1,6 +1,6 @@
 """Training heads on a frozen encoder: from images against from cached features, through the stock Trainer.
 
-    python benchmarks/feature_cache.py [--rounds 5] [--sizes tiny base]
+    python benchmarks/feature_cache.py [--rounds N] [--sizes tiny base]
     python benchmarks/feature_cache.py --tiny
 
 224 px, patch 16, batch 16, two threads, JPEG files. Epochs of both kinds run in turn in one process; a build of the
@@ -11,37 +11,30 @@ import argparse
 import json
 import os
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from cached_epochs import IMAGES, SIZES, MiddleClass, collate, encoder_config, files, speedup, write_files
 from timing import interleaved, peak_memory, ratio, row, write_results
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
 from transformers.utils import logging
 
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.vision_encoder import VisionEncoder
-from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
 from vitweave.training.feature_cache import cache_features
-from vitweave.training.runs import build_trainer, run_arguments
-from vitweave.training.segmentation_data import SegmentationDataset, collate_segmentation
 from vitweave.training.synthetic_shapes import SyntheticShapes
 
-SIZES = {
-    "tiny": {"hidden_size": 192, "num_attention_heads": 3},
-    "base": {"hidden_size": 768, "num_attention_heads": 12},
-}
-IMAGES = {"tiny": 192, "base": 64}
+ROUNDS = {"tiny": 5, "base": 3}
 DEMANDS = {"tiny": ">= 20", "base": ">= 50"}
 MEMORY = """
 import sys
 sys.path.insert(0, {here!r})
-from feature_cache import SIZES, segmenter, files, train
+from cached_epochs import SIZES, files, train
+from feature_cache import segmenter
 train(segmenter(SIZES[{size!r}], {depth}, {pixels}), files({folder!r}, {pixels}), {cache!r})
 """
 
@@ -73,73 +66,11 @@ class Probe(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-class MiddleClass(SegmentationDataset):
-    """Images labelled with the class of their middle pixel."""
-
-    def __getitem__(self, index):
-        item = super().__getitem__(index)
-        height, width = item["labels"].shape
-        return {"pixel_values": item["pixel_values"], "labels": item["labels"][height // 2, width // 2]}
-
-
-def encoder_config(size: dict, depth: int, pixels: int, **options) -> SpecializedViTConfig:
-    return SpecializedViTConfig(**size, num_hidden_layers=depth, image_size=pixels, patch_size=16, **options)
-
-
 def segmenter(size: dict, depth: int, pixels: int) -> DensePredictorForSemanticSegmentation:
     torch.manual_seed(0)
     backbone = encoder_config(size, depth, pixels, out_indices=[depth])
     config = DensePredictorConfig(backbone_config=backbone, id2label=SyntheticShapes.id2label, freeze_backbone=True)
     return DensePredictorForSemanticSegmentation(config)
-
-
-def write_files(folder: Path, number: int, pixels: int) -> None:
-    for part in ("image", "label"):
-        (folder / part).mkdir(parents=True)
-    for index, sample in enumerate(SyntheticShapes(number, size=pixels + 32)):
-        sample["image"].save(folder / "image" / f"{index:05}.jpg", quality=90)
-        sample["label"].save(folder / "label" / f"{index:05}.png")
-
-
-def files(folder: str | Path, pixels: int, kind=SegmentationDataset) -> SegmentationDataset:
-    return kind.from_folder(folder, SegmentationImageProcessorPil(size=pixels))
-
-
-class EpochSeconds(TrainerCallback):
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.seconds = time.perf_counter() - self.start
-
-
-def collate(samples):
-    if samples[0]["labels"].ndim:
-        return collate_segmentation(samples)
-    return {name: torch.stack([sample[name] for sample in samples]) for name in ("pixel_values", "labels")}
-
-
-def train(model, dataset, cache: str | None = None, epochs: int = 1) -> float:
-    """Seconds of one epoch (the last of `epochs`) of the stock Trainer."""
-    logging.disable_progress_bar()
-    clock = EpochSeconds()
-    with tempfile.TemporaryDirectory() as out:
-        options = {"save_strategy": "no", "logging_strategy": "no", "use_cpu": True, "disable_tqdm": True}
-        args = run_arguments(out, None, num_train_epochs=epochs, **options)
-        trainer = build_trainer(model, args, None, dataset, None, collate, callbacks=[clock], cache_features=cache)
-        trainer.train()
-    return clock.seconds
-
-
-def speedup(model, dataset, cache: str, rounds: int) -> float:
-    """Median of online / cached epoch times, run in turn; three cached epochs, of which the last counts."""
-    ratios = []
-    cache_features(model, dataset, cache)
-    for _ in range(rounds):
-        online, cached = train(model, dataset), train(model, dataset, cache, epochs=3)
-        ratios.append(online / cached)
-        print(f"  epoch of {len(dataset)} images: online {online:.3f} s, cached {cached:.4f} s", flush=True)
-    return sorted(ratios)[len(ratios) // 2]
 
 
 def build_cost(model, dataset, folder: Path, rounds: int) -> float:
@@ -178,7 +109,7 @@ def measure(name: str, images: int, depth: int, pixels: int, rounds: int) -> lis
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="of every size")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--tiny", action="store_true", help="a dry run in seconds; its figures say nothing")
     args = parser.parse_args()
@@ -188,7 +119,7 @@ def main():
         if args.tiny:
             print(json.dumps(measure(name, 8, 1, 32, 1), indent=1))
         else:
-            write_results(f"feature_cache_{name}", measure(name, IMAGES[name], 12, 224, args.rounds))
+            write_results(f"feature_cache_{name}", measure(name, IMAGES[name], 12, 224, args.rounds or ROUNDS[name]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from feature_cache import MiddleClass, files, speedup, train, write_files
+from cached_epochs import MiddleClass, files, speedup, train, write_files
 from timing import row, write_results
 from transformers.utils import logging
 

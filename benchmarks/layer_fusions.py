@@ -9,7 +9,7 @@ of the method, "counted" what PyTorch counts. `--tiny` is a trial run that keeps
 import argparse
 
 import torch
-from timing import interleaved, ratio, row, write_results
+from timing import forward_only, interleaved, ratio, row, write_results
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig
 
@@ -70,14 +70,6 @@ def counted(fusion: LayerFusion, tokens: LayerTokens) -> int:
     return counter.get_total_flops() // 2 // len(tokens.base_cls)
 
 
-def runner(module, inputs):
-    def run():
-        with torch.no_grad():
-            module(inputs)
-
-    return run
-
-
 def demand(name: str, fusion: LayerFusion) -> str:
     """At most 3 % of the encoder's forward for what reads only [CLS] tokens, and for folded attention."""
     return "<= 0.03" if fusion.needs == {"cls"} or name == "cross_layer_attention" else ""
@@ -97,7 +89,7 @@ def measure(config: ViTConfig, batch: int, rounds: int) -> list[dict]:
         for options in [{}, *VARIANTS.get(name, [])]
     }
     pixels = torch.randn(batch, 3, config.image_size, config.image_size)
-    runs = {"encoder": runner(encoder, pixels)} | {name: runner(f, tokens) for name, f in fusions.items()}
+    runs = {"encoder": forward_only(encoder, pixels)} | {name: forward_only(f, tokens) for name, f in fusions.items()}
     seconds = interleaved(runs, rounds)
     expected, rows = formulas(hidden, side * side, len(layers)), []
     print(f"{'fusion':36} {'parameters':>12} {'counted':>16} {'formula':>16} {'ms/image':>9}")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved, keep_memory, ratio, row, write_results
+from timing import forward_only, interleaved, keep_memory, on_device, ratio, row, synchronize, write_results
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +24,7 @@ from vitweave.modeling.conversion.gemini_units import to_official_units
 from vitweave.modeling.modality_fusion.base import BlockInputs
 from vitweave.modeling.modality_fusion.registry import build_modality_fusion
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = on_device()
 STAGES = {64: (120, 160), 128: (60, 80), 320: (30, 40), 512: (15, 20)}  # hidden size -> map
 TINY_STAGES = {32: (6, 8)}
 # the ratios ours / plain of time forward, and forward and backward
@@ -83,15 +83,6 @@ def random_streams(batch: int, grid: tuple[int, int], hidden_size: int) -> tuple
     return streams, BlockInputs(residual=streams, grid=grid)
 
 
-def forward_only(function: Callable[[Tensor], Tensor], streams: Tensor) -> Callable[[], None]:
-    def run():
-        with torch.no_grad():
-            function(streams)
-        synchronize()
-
-    return run
-
-
 def with_backward(function: Callable[[Tensor], Tensor], streams: Tensor) -> Callable[[], None]:
     streams, cotangent = streams.clone().requires_grad_(), torch.ones_like(streams)
 
@@ -101,11 +92,6 @@ def with_backward(function: Callable[[Tensor], Tensor], streams: Tensor) -> Call
         synchronize()
 
     return run
-
-
-def synchronize():
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def saved_bytes(function: Callable[[Tensor], Tensor], module: nn.Module, streams: Tensor) -> int:
@@ -204,7 +190,7 @@ def main():
     if args.only in "cross_attention":
         rows += against_cross_attention(*((32, (6, 8)) if args.tiny else (64, (64, 64))), rounds)
     if not args.tiny and not args.only:
-        write_results("modality_fusions", rows)
+        write_results("modality_fusions", rows, DEVICE)
     else:
         print(*rows, sep="\n")
 

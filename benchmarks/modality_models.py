@@ -1,6 +1,6 @@
 """A whole model of two sensors against two passes of transformers' SegFormer, in one interleaved run.
 
-    python benchmarks/modality_models.py [--rounds 5] [--profile] [--tiny]
+    python benchmarks/modality_models.py [--rounds 3] [--profile] [--tiny]
 
 MiT-B2 with decoders of 768 channels and 40 classes, images of 480 x 640, batch 1, no gradients. "two passes" are two
 forwards of `SegformerForSemanticSegmentation`, whose logits stay at a quarter of the size; ours end at the size of the
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved, keep_memory, ratio, row, write_results
+from timing import forward_only, interleaved, keep_memory, on_device, ratio, row, write_results
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
@@ -21,7 +21,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 from vitweave.modeling.modeling_modality_fusion import ModalityFusionForSemanticSegmentation
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = on_device()
 B2 = {"hidden_sizes": [64, 128, 320, 512], "depths": [3, 4, 6, 3], "num_attention_heads": [1, 2, 5, 8]}
 TINY = {"hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}
 DEMAND = "<= 1.35"
@@ -47,16 +47,6 @@ def stock(small: bool) -> nn.Module:
     return SegformerForSemanticSegmentation(config).eval().to(DEVICE)
 
 
-def timed(function: Callable[[Tensor], object], images: Tensor) -> Callable[[], None]:
-    def run():
-        with torch.no_grad():
-            function(images)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    return run
-
-
 def two_passes(model: nn.Module, images: Tensor, full_size: bool = False) -> list[Tensor]:
     """The logits of a pass per sensor; images (1, 2, 3, height, width)."""
     logits = [model(part).logits for part in images.unbind(1)]
@@ -72,7 +62,7 @@ def operations(function: Callable[[], None]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="print the costliest operations of both")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
@@ -80,9 +70,9 @@ def main():
     torch.set_num_threads(1)
     images = torch.randn(1, 2, 3, *((64, 96) if args.tiny else (480, 640)), device=DEVICE)
     peer = stock(args.tiny)
-    variants = {str(name): timed(fused(args.tiny, name), images) for name in FUSIONS}
-    variants["two passes"] = timed(lambda images: two_passes(peer, images), images)
-    variants["at full size"] = timed(lambda images: two_passes(peer, images, full_size=True), images)
+    variants = {str(name): forward_only(fused(args.tiny, name), images) for name in FUSIONS}
+    variants["two passes"] = forward_only(lambda images: two_passes(peer, images), images)
+    variants["at full size"] = forward_only(lambda images: two_passes(peer, images, full_size=True), images)
     if args.profile:
         for name in ("gemini", "two passes"):
             print(name, operations(variants[name]), sep="\n")
@@ -98,7 +88,7 @@ def main():
     if args.tiny:
         print(*rows, sep="\n")
     else:
-        write_results("modality_models", rows)
+        write_results("modality_models", rows, DEVICE)
 
 
 if __name__ == "__main__":

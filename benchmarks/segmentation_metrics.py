@@ -1,24 +1,26 @@
 """mIoU against the formula of evaluate's `mean_iou` beside it, and the memory an evaluation takes per image.
 
-    python benchmarks/segmentation_metrics.py
+    python benchmarks/segmentation_metrics.py [--tiny]
 
 Prints milliseconds of one CPU per image (medians, interleaved) and MiB per image over 500 images through the Trainer.
+`--tiny` runs both on a few images and writes no results.
 """
 
+import argparse
 import statistics
 import tempfile
 import time
 
 import numpy as np
 import torch
-from timing import row, write_results
+from timing import mib_per_image, resident_mib, row, write_results
 from torch import nn
 from transformers import Trainer
 
 from vitweave.training.metrics import ConfusionMatrix, SegmentationMetrics, predicted_classes
 from vitweave.training.runs import run_arguments
 
-NUM_LABELS, SIZE, IMAGES, ROUNDS, IN_TURN = 150, 512, 500, 5, 5
+NUM_LABELS, SIZE, IN_TURN = 150, 512, 5
 
 
 class PublicMeanIoU:
@@ -62,8 +64,8 @@ def timed(update, prediction, label) -> float:
     return 1e3 * (time.thread_time() - start)
 
 
-def compare_speed() -> list[dict]:
-    predictions, labels = smooth_maps(IN_TURN * ROUNDS)
+def compare_speed(rounds: int) -> list[dict]:
+    predictions, labels = smooth_maps(IN_TURN * rounds)
     ours, public, times = ConfusionMatrix(NUM_LABELS), PublicMeanIoU(), {"ours": [], "public": []}
     for first in range(0, len(labels), IN_TURN):
         some = range(first, first + IN_TURN)
@@ -76,12 +78,6 @@ def compare_speed() -> list[dict]:
     if abs(ours.compute()["mean_iou"] - public.compute()) > 1e-12:
         raise SystemExit("the two do not agree")
     return [row("mIoU of an image: public formula / ours", slow / fast, ">= 10")]
-
-
-def resident_mib() -> float:
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
 
 
 class Memory(SegmentationMetrics):
@@ -109,10 +105,10 @@ class OneConvolution(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def measure_memory() -> list[dict]:
+def measure_memory(images: int) -> list[dict]:
     class Images(torch.utils.data.Dataset):
         def __len__(self):
-            return IMAGES
+            return images
 
         def __getitem__(self, index):
             labels = torch.full((256, 256), index % 21, dtype=torch.int64)
@@ -129,14 +125,22 @@ def measure_memory() -> list[dict]:
             compute_metrics=memory,
             preprocess_logits_for_metrics=predicted_classes,
         ).evaluate()
-    readings = np.array(memory.readings[len(memory.readings) // 5 :])  # the first batches warm the allocator up
-    images = 4 * np.arange(len(readings))
-    slope = np.polyfit(images, readings, 1)[0]
+    slope = mib_per_image(memory.readings, batch=4)
     kept = 21 * 256 * 256 * 4 / 2**20
-    print(f"evaluation memory over {IMAGES} images: {slope:+.4f} MiB per image (keeping the logits: {kept:.2f})")
+    print(f"evaluation memory over {images} images: {slope:+.4f} MiB per image (keeping the logits: {kept:.2f})")
     return [row("evaluation memory, MiB per image", abs(slope), "<= 1")]
 
 
-if __name__ == "__main__":
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a dry run in seconds; its figures say nothing")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    write_results("segmentation_metrics", compare_speed() + measure_memory())
+    rounds, images = (1, 20) if args.tiny else (5, 500)
+    rows = compare_speed(rounds) + measure_memory(images)
+    if not args.tiny:
+        write_results("segmentation_metrics", rows)
+
+
+if __name__ == "__main__":
+    main()

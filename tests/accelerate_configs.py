@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from unittest.mock import DEFAULT, patch
+from unittest.mock import patch
 
 from accelerate.commands import launch
 from accelerate.utils import FullyShardedDataParallelPlugin

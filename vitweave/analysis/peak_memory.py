@@ -1,4 +1,8 @@
-"""How many bytes of tensors are alive at once while a function runs."""
+"""How many bytes of tensors are alive at once while a function runs.
+
+Counted from what operations return: alike on every device, and cheap enough for every candidate of a search. What an
+operation holds only inside is not seen; `benchmarks/timing.py` reads that from the allocator.
+"""
 
 import weakref
 from collections.abc import Callable, Sequence
