@@ -1,5 +1,6 @@
 """What every test gets: fixed seeds, two threads at most, no network."""
 
+import gc
 import os
 import random
 import socket
@@ -41,3 +42,9 @@ def seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_collection_finish():
+    """Take what was imported out of garbage collection: every `Trainer.train` and every compilation asks for a full one."""
+    gc.collect()
+    gc.freeze()
