@@ -1,6 +1,7 @@
 """What published code may import, read from the bundles themselves; and a bundle has the same bytes every time."""
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -29,6 +30,7 @@ STANDARD |= {
     "typing",
     "warnings",
 }
+parsed = functools.cache(ast.parse)  # bundles share most of their files
 MODULES = sorted({model.__module__ for _, models, _ in FAMILIES for model in models.values()})
 
 
@@ -40,7 +42,7 @@ def bundles() -> dict:
 def test_every_bundle_imports_from_the_list_alone(bundles):
     for module, bundle in bundles.items():
         for name, text in bundle.files.items():
-            for node in ast.walk(ast.parse(text)):
+            for node in ast.walk(parsed(text)):
                 if isinstance(node, ast.ImportFrom) and node.level:
                     assert node.level == 1 and f"{node.module}.py" in bundle.files, (module, name, node.module)
                 elif isinstance(node, ast.Import | ast.ImportFrom):
@@ -55,7 +57,7 @@ CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "os.system", "os
 def test_no_bundle_calls_what_runs_other_code(bundles):
     texts = {name: text for bundle in bundles.values() for name, text in bundle.files.items()}
     for name, text in texts.items():
-        called = {ast.unparse(node.func) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)}
+        called = {ast.unparse(node.func) for node in ast.walk(parsed(text)) if isinstance(node, ast.Call)}
         assert not called & CALLS, name
 
 

@@ -211,7 +211,7 @@ def test_ohem_counts_pixels_below_a_probability():
     torch.testing.assert_close(OhemThresholdLoss(threshold=1e-9)(logits, wanted), few.mean())
 
 
-@pytest.mark.parametrize("fusion_type", ["gemini", "token_exchange"])
+@pytest.mark.parametrize("fusion_type", ["gemini", pytest.param("token_exchange", marks=pytest.mark.slow)])
 def test_compiles_in_one_graph(fusion_type, no_grad):
     model, mask = segmenter(fusion_type=fusion_type), torch.tensor([[1, 0], [1, 1]])
     torch.compiler.reset()

@@ -76,8 +76,8 @@ def test_a_broken_run_goes_on_to_the_same_bits(tmp_path):
     ("fusion", "options"),
     [
         (None, {}),
-        ("concat", {}),
-        ("attentive_probe", {"local_loss_weight": 0.5}),
+        pytest.param("concat", {}, marks=pytest.mark.slow),
+        pytest.param("attentive_probe", {"local_loss_weight": 0.5}, marks=pytest.mark.slow),
         ("film", {"local_loss_weight": 0.5, "embedding_chunk_size": 3}),
     ],
 )
