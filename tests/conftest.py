@@ -45,6 +45,6 @@ def seeded():
 
 
 def pytest_collection_finish():
-    """Leave what was imported out of garbage collection: each `Trainer.train` and each compilation asks for a full one."""
+    """Leave what was imported out of garbage collection: each `Trainer.train` and compilation asks for a full one."""
     gc.collect()
     gc.freeze()
