@@ -114,9 +114,11 @@ def plot_pareto(found: dict, path: str | Path, limit: float | None = None) -> No
         front = [rows[place] for place in pareto_front([(cost, sign * value) for cost, value, _ in rows])]
         axis.plot([row[0] for row in rows], [row[1] for row in rows], linestyle="", marker="o", color=BEFORE)
         axis.step([row[0] for row in front], [row[1] for row in front], where="post", color=AFTER, linewidth=1)
+        middle = (min(row[0] for row in rows) + max(row[0] for row in rows)) / 2
         for cost, value, name in front:
             shown = {"fontsize": 7, "fontweight": "bold" if name == found["chosen"] else "normal"}
-            axis.annotate(name, (cost, value), xytext=(3, 3), textcoords="offset points", **shown)
+            shown |= {"ha": "left", "xytext": (3, 3)} if cost <= middle else {"ha": "right", "xytext": (-3, 5)}
+            axis.annotate(name, (cost, value), textcoords="offset points", **shown)
         if limit is not None:
             axis.axvline(limit, color="#222222", linewidth=1, linestyle="--")
         axis.set_title(f"{len(rows)} candidates after {count} steps", fontsize=9)
