@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer, HfArgumentParser, set_seed
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # top-level, 5.13 wants torchvision
 
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.hub.run_card import save_run_card
 from vitweave.modeling.layer_fusion.registry import LAYER_FUSIONS
 from vitweave.modeling.modeling_image_text_retriever import ImageTextRetrieverModel
 from vitweave.modeling.modeling_layer_fusion import LayerFusionModel
@@ -125,10 +126,10 @@ def main() -> dict[str, float]:
         **arguments,
     )
 
-    # 4. What it finds, and where sentences point
-    report = val
+    # 4. What it finds, on its card too, and where sentences point
+    report, columns, split = val, args.text_columns[:1], "test" if args.test else "validation"
     if args.test:
-        report = RetrievalDataset(open_records(args.data, "test"), processor, args.text_columns[:1])
+        report = RetrievalDataset(open_records(args.data, split), processor, columns)
         metrics = evaluate_retrieval(model, report)
     if args.local_loss_weight:
         metrics |= pointing_test(model, report)
@@ -138,12 +139,16 @@ def main() -> dict[str, float]:
     query = args.query or report.corpus()[0]
     hits = ImageIndex(out / "index").search(*embed_query(model, processor, query), 10)
     write_contact_sheet(out / "found.png", query, hits)
-    for ranking in ["", "combined_"] if args.local_loss_weight else [""]:
+    rankings = ["", "combined_"] if args.local_loss_weight else [""]
+    for ranking in rankings:
         print(" | ".join([f"{ranking}ranking", *(f"{name} {100 * metrics[ranking + name]:.1f}" for name in SHOWN)]))
         low, high = (100 * metrics[f"{ranking}rsum_{end}"] for end in ("low", "high"))
         print(f"{ranking}RSUM {100 * metrics[f'{ranking}rsum']:.1f} ({low:.1f} to {high:.1f})")
     if args.local_loss_weight:
         print(f"pointing accuracy {metrics['pointing_accuracy']:.3f}, chance {metrics['pointing_chance']:.3f}")
+    if not args.tiny and Path(args.data).exists():
+        shown = [f"{ranking}{name}" for ranking in rankings for name in ("rsum", *SHOWN)]
+        save_run_card(out, args.data, split, [(name, metrics[name], {"text_columns": columns}) for name in shown])
     return metrics
 
 

@@ -5,10 +5,11 @@
     python examples/train_translation.py --data scenes/ --modalities shade texture --target rgb --adversarial
 
 A folder holds a folder per modality and one of the target, with files of one name, and `train.txt` and `val.txt`
-with the names of each part.
+with the names of each part. The figures are measured anew at the end, in float32, and stand on the card.
 """
 
 import json
+import math
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +19,15 @@ import PIL.Image
 from transformers import HfArgumentParser, SegformerConfig, set_seed
 
 from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
+from vitweave.hub.run_card import save_run_card
 from vitweave.modeling.modality_fusion.registry import MODALITY_FUSIONS
 from vitweave.modeling.modeling_modality_translation import ModalityFusionForImageToImage
 from vitweave.processing.image_processing_pil_modality import ModalityImageProcessorPil
 from vitweave.training.modality_data import ModalityAugmentation, ModalityFolder
 from vitweave.training.translation import train_translation
 from vitweave.training.translation_data import TranslationDataset
+from vitweave.training.translation_evaluation import evaluate_translation
+from vitweave.training.translation_metrics import TRANSLATION_METRICS
 from vitweave.training.translation_pictures import write_translations
 
 DEPTH = {"encoding": "metres", "scale": 0.001, "invalid": 0, "value_range": [0.0, 10.0]}
@@ -125,12 +129,17 @@ def main() -> dict[str, float]:
         stream = SegformerConfig(**(sizes | (SMALL if args.tiny else RELEASED) | json.loads(args.stream)))
         model = ModalityFusionForImageToImage(ModalityFusionConfig(stream_config=stream, **options))
 
-    # 3. Train, keep the best checkpoint by the mean absolute error, and look at what it draws
+    # 3. Train, keep the best checkpoint by the mean absolute error, look at what it draws, and tell it, on its card too
     arguments = {"max_steps": args.steps, "save_strategy": "steps", "save_steps": args.eval_every, "seed": args.seed}
     arguments |= {"learning_rate": args.lr, "per_device_train_batch_size": args.batch_size, "bf16": args.bf16}
     metrics = train_translation(model, train, val, processor, args.out, args.resume, args.adversarial, **arguments)
     write_translations(Path(args.out, "drawn.png"), model, val)
-    print({name: round(metrics[name], 4) for name in ("train_loss", "mae", "mse", "psnr", "ssim")})
+    metrics |= evaluate_translation(model, val, args.batch_size)
+    print({name: round(metrics[name], 4) for name in ("train_loss", *TRANSLATION_METRICS)})
+    if not args.tiny:
+        drawn = {"target": args.target, "sensor": sensors[args.target]}
+        measured = [name for name in TRANSLATION_METRICS if math.isfinite(metrics[name])]  # sparse maps have no SSIM
+        save_run_card(args.out, args.data, "val", [(name, metrics[name], drawn) for name in measured])
     return metrics
 
 

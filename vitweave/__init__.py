@@ -80,6 +80,7 @@ PUBLIC = {
     "evaluate_modalities": "vitweave.training.modality_evaluation",
     "evaluate_retrieval": "vitweave.training.retrieval_evaluation",
     "evaluate_segmentation": "vitweave.training.segmentation_evaluation",
+    "evaluate_translation": "vitweave.training.translation_evaluation",
     "export": "vitweave.hub.export",
     "generate_captions": "vitweave.training.vlm_captions",
     "inspect_model": "vitweave.analysis.report",

@@ -11,6 +11,7 @@ from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 from vitweave.cli import main
 from vitweave.training.synthetic_classes import SyntheticClasses
+from vitweave.training.synthetic_figures import write_figures
 from vitweave.training.synthetic_shapes import SyntheticDepth, SyntheticShapes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -61,8 +62,25 @@ def rgbx_segmentation(data: Path) -> list[str]:
     return ["--data", str(data), *small, "--modality_dropout", "0.3"]
 
 
+def translation(data: Path) -> list[str]:
+    draw_scenes = runpy.run_path(str(EXAMPLES / "train_translation.py"))["draw_scenes"]
+    draw_scenes(data, 12)
+    small = ["--size", "32", "48", "--crop", "32", "32", "--steps", "4", "--eval_every", "2", "--batch_size", "4"]
+    stages = {"hidden_sizes": [16] * 5, "num_attention_heads": [1] * 5, "depths": [1] * 5, "sr_ratios": [1] * 5}
+    return ["--data", str(data), "--modalities", "shade", "edge", *small, "--stream", json.dumps(stages)]
+
+
+def retrieval(data: Path) -> list[str]:
+    write_figures(data, {"train": 12, "validation": 6, "test": 6})
+    records = [json.loads(line) for line in (data / "captions.jsonl").read_text().splitlines()]
+    titled = (json.dumps(record | {"title": record["sentences"][0]}) for record in records)
+    (data / "captions.jsonl").write_text("\n".join(titled))
+    small = ["--size", "32", "--steps", "4", "--eval_every", "2", "--batch_size", "4", "--max_length", "48"]
+    return ["--data", str(data), *small, "--text_columns", "title", "caption", "--test"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("example", [segmentation, depth, classification, rgbx_segmentation])
+@pytest.mark.parametrize("example", [segmentation, depth, classification, rgbx_segmentation, translation, retrieval])
 def test_a_run_is_exported_and_verified_as_it_is(example, tmp_path, monkeypatch, capsys):
     script = str(EXAMPLES / f"train_{example.__name__}.py")
     monkeypatch.chdir(tmp_path)

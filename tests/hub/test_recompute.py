@@ -1,6 +1,7 @@
 """`vitweave verify` measures the metrics of a card again, on the data of the card and with no code or command of it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from modality_models import mit_fusion, stirred
+from modality_translators import tiny_generator
 from retrieval_models import VISION, retriever
 from tiny_retriever import tiny_processor
 from transformers import ViTImageProcessorPil
@@ -16,8 +18,9 @@ from transformers import ViTImageProcessorPil
 from vitweave.cli import main
 from vitweave.configuration.configuration_dense_predictor import DensePredictorConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
-from vitweave.hub.card import CardInfo, CardMetric
+from vitweave.hub.card import CardInfo, CardMetric, build
 from vitweave.hub.checksums import sha256, write_sums
+from vitweave.hub.evaluations import ImageToImage, ModalitySegmentation
 from vitweave.hub.export import export
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
@@ -30,7 +33,7 @@ from vitweave.training.classification import train_classification
 from vitweave.training.classification_data import ImageClassificationDataset
 from vitweave.training.depth import train_depth
 from vitweave.training.depth_data import DepthDataset
-from vitweave.training.modality_data import ModalityDataset
+from vitweave.training.modality_data import ModalityDataset, ModalityFolder
 from vitweave.training.modality_evaluation import evaluate_modalities
 from vitweave.training.retrieval_data import RetrievalDataset
 from vitweave.training.retrieval_evaluation import evaluate_retrieval
@@ -40,6 +43,9 @@ from vitweave.training.segmentation_data import SegmentationDataset
 from vitweave.training.synthetic_classes import SyntheticClasses
 from vitweave.training.synthetic_figures import write_figures
 from vitweave.training.synthetic_shapes import SyntheticDepth, SyntheticShapes
+from vitweave.training.translation import train_translation
+from vitweave.training.translation_data import TranslationDataset
+from vitweave.training.translation_evaluation import evaluate_translation
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 SIZE = {"height": 32, "width": 32}
@@ -93,6 +99,39 @@ def sensors(data: Path, work: Path):
     return model, processor, {"type": "pixel_accuracy", "value": value, "split": "val", "options": {"keep": ["depth"]}}
 
 
+def write_scenes(data: Path, count: int = 6) -> None:
+    """Depth in millimetres, of which the first row was not measured, and its shades."""
+    rng = np.random.default_rng(0)
+    for name in ("shade", "depth"):
+        (data / name).mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        depth = rng.integers(1000, 9000, (4, 6), dtype=np.uint16).repeat(8, 0).repeat(8, 1)
+        shade = np.repeat((255 - depth // 40).astype(np.uint8)[..., None], 3, axis=2)
+        depth[0] = 0
+        PIL.Image.fromarray(shade).save(data / "shade" / f"{index}.png")
+        PIL.Image.fromarray(depth).save(data / "depth" / f"{index}.png")
+    (data / "train.txt").write_text("0\n1\n2\n3\n")
+    (data / "val.txt").write_text("4\n5\n")
+
+
+DEPTH = {"encoding": "metres", "scale": 0.001, "invalid": 0, "value_range": [0, 10]}
+
+
+def translation(data: Path, work: Path):
+    write_scenes(data)
+    processor = ModalityImageProcessorPil({"shade": {"encoding": "picture"}})
+
+    def part(name: str, sensor=DEPTH) -> TranslationDataset:
+        samples = ModalityFolder(data, ["shade", "depth"], label_folder=None, names=data / f"{name}.txt")
+        return TranslationDataset(samples, processor, "depth", sensor)
+
+    model = tiny_generator(["shade"], fusion_type=None)
+    found = train_translation(model, part("train"), part("val"), processor, work, **STEPS)
+    assert abs(evaluate_translation(model, part("val", DEPTH | {"scale": 5e-4}))["mae"] - found["mae"]) > 0.01
+    options = {"target": "depth", "sensor": DEPTH}
+    return model, processor, {"type": "mae", "value": found["mae"], "split": "val", "options": options}
+
+
 def depth(data: Path, work: Path):
     write_pairs(data / "val", SyntheticDepth(4, seed=1), "depth")
     backbone = SpecializedViTConfig(**TINY, out_indices=[1], apply_layernorm=False)
@@ -134,7 +173,7 @@ def retrieval(data: Path, work: Path):
     return model, processor, {"type": "text_to_image_mrr", "value": found["text_to_image_mrr"], "split": "validation"}
 
 
-KINDS = {kind.__name__: kind for kind in (segmentation, sensors, depth, classification, retrieval)}
+KINDS = {kind.__name__: kind for kind in (segmentation, sensors, translation, depth, classification, retrieval)}
 
 
 def publish(kind, folder: Path) -> Path:
@@ -305,6 +344,40 @@ def test_wrong_types_and_values_are_clean_errors(published, capsys, changes, rea
     assert line.startswith("error: ") and reason in line
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "unknown keys [], missing ['sensor', 'target']"),
+        ({"target": "depth"}, "missing ['sensor']"),
+        ({"target": "depth", "sensor": DEPTH, "keep": ["shade"]}, "unknown keys ['keep']"),
+        ({"target": ["depth"], "sensor": DEPTH}, "Validation error for field 'target'"),
+        ({"target": "../secret", "sensor": DEPTH}, "expected names of letters, digits, _ and -"),
+        ({"target": "", "sensor": DEPTH}, "expected names of letters, digits, _ and -"),
+        ({"target": "depth", "sensor": "metres"}, "Validation error for field 'sensor'"),
+        ({"target": "depth", "sensor": {}}, "the modality 'depth' has no encoding"),
+        ({"target": "depth", "sensor": {"encoding": "metres"}}, "expected value_range=(lowest, highest)"),
+        ({"target": "depth", "sensor": DEPTH | {"encoding": "feet"}}, "unknown encoding 'feet'"),
+        ({"target": "depth", "sensor": DEPTH | {"scale": "0.001"}}, "expected scale to be float, got '0.001'"),
+        ({"target": "depth", "sensor": DEPTH | {"value_range": ["a", "b"]}}, "expected value_range to be"),
+        ({"target": "depth", "sensor": DEPTH | {"range": [0, 10]}}, "has no option ['range']"),
+    ],
+)
+def test_a_drawn_sensor_is_told_without_gaps(changes, reason):
+    metric = CardMetric("mae", 0.1, "touch ran", "scenes", split="val", options=changes)
+    with pytest.raises(ValueError) as found:
+        build(ImageToImage, metric.options, "options of metric 'mae'")
+    assert reason in str(found.value)
+
+
+@pytest.mark.parametrize("evaluation", [ImageToImage("depth", DEPTH), ModalitySegmentation()])
+def test_no_sensor_of_a_processor_leads_out_of_the_data(evaluation, tmp_path):
+    write_scenes(tmp_path / "data")
+    write_scenes(tmp_path / "secret")
+    processor = ModalityImageProcessorPil({"../secret/shade": {"encoding": "picture"}})
+    with pytest.raises(ValueError, match="letters, digits, _ and - for the folders"):
+        evaluation(None, processor, tmp_path / "data", "val")
+
+
 @pytest.mark.parametrize("field", ["metrics", "data_sha256", "tags"])
 def test_other_fields_have_their_types(published, capsys, field):
     path = published / "export" / "vitweave_card.json"
@@ -354,7 +427,28 @@ def test_every_model_card_has_its_commands(capsys):
     assert pages
     for page in pages:
         assert main(["verify", str(page)]) == 0
-        assert len(capsys.readouterr().out.splitlines()) > 1, page
+        _, *lines = capsys.readouterr().out.splitlines()
+        commands = [line for line in lines if line.startswith(("python ", "vitweave ", "make "))]
+        assert commands and len(lines) > len(commands), page  # and figures
+        assert not [line for line in lines if re.search(r" \\ |(python|vitweave) .* (python|vitweave) ", line)], page
+
+
+def test_tables_and_commands_written_by_hand(tmp_path, capsys):
+    (tmp_path / "page.md").write_text(
+        "# Page\n\n```bash\nfirst --a 1 \\\n    --b 2\n\nsecond\n```\n\n"
+        "| fact | value |\n| --- | --- |\n| size | 3 |\n\n"
+        "| fusion | RSUM | seeds 0, 1 | |\n| --- | ---: | ---: | --- |\n| `concat` | **103.6** | 1.5, 2.5 | |\n"
+        "| $TASK | `--size 3` | | |\n\n```python\n| a | b |\n|---|---|\n| c | 1 |\n```\n\n"
+        "| metric | dataset | split | value | recompute with |\n| - | - | - | - | - |\n"
+        "| mIoU | x | val | 0.5 | `a \\| b` |"
+    )
+    assert main(["verify", str(tmp_path / "page.md")]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "mIoU on x, val: 0.5, by a | b",
+        "concat: RSUM = 103.6; seeds 0, 1 = 1.5, 2.5",
+        "first --a 1 --b 2",
+        "second",
+    ]
 
 
 def test_what_is_neither_folder_nor_page_is_told(tmp_path, capsys):

@@ -90,12 +90,12 @@ def list_page(path: Path) -> None:
     """Print what a card's page says was measured, and how."""
     from vitweave.hub.card_page import read_page
 
-    rows, commands = read_page(path)
+    rows, figures, commands = read_page(path)
     print(f"{path}: the page of a card, there is no model to evaluate; its commands, none of which was run:")
     for name, dataset, split, value, command in rows:
         print(printable(f"{name} on {dataset}, {split}: {value}, by {command}"))
-    for command in commands:
-        print(printable(command))
+    for line in (*figures, *commands):
+        print(printable(line))
 
 
 def run_export(args: argparse.Namespace) -> None:

@@ -1,11 +1,14 @@
 """The evaluations that measure the metrics of a card again, on data laid out as the examples read it.
 
 A part of a data set is the folder `<split>/`, or what `<split>.txt` names of the whole folder. In it lie, as for
-training, `image/` and `label/`; a folder per modality and `label/`; `rgb/` or `image/` and `depth/`; or a folder per
-class. A retriever reads `captions.jsonl` (or a jsonl file), where the field `split` names the part.
+training, `image/` and `label/`; a folder per modality, and `label/` or one of the image to be drawn; `rgb/` or
+`image/` and `depth/`; or a folder per class. A retriever reads `captions.jsonl` (or a jsonl file),
+where the field `split` names the part.
 """
 
 import dataclasses
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from transformers import PreTrainedModel
 
 from vitweave.hub.families import auto_class_of, find_family
 from vitweave.processing.image_steps import check_sides
+from vitweave.processing.sensor_encodings import read_sensor
 from vitweave.training.classification_data import ImageClassificationDataset
 from vitweave.training.classification_evaluation import evaluate_classification
 from vitweave.training.depth_data import DepthDataset
@@ -25,14 +29,25 @@ from vitweave.training.retrieval_evaluation import evaluate_retrieval
 from vitweave.training.retrieval_records import open_records
 from vitweave.training.segmentation_data import SegmentationDataset
 from vitweave.training.segmentation_evaluation import evaluate_segmentation
+from vitweave.training.translation_data import TranslationDataset
+from vitweave.training.translation_evaluation import evaluate_translation
 
 ONE_BY_ONE = 1  # images of a data set may differ in size
+NAME = re.compile(r"[\w-]+")  # of what lies in the data's folder, never a path
 
 
 def part(data: Path, split: str) -> tuple[Path, Path | None]:
     """The folder of a part, and the file with its names where all parts share one folder."""
     names = data / f"{split}.txt"
     return (data, names) if names.is_file() else (data / split, None)
+
+
+def check_names(names: Iterable[str]) -> list[str]:
+    """Refuse names of folders that could lead out of the data."""
+    strange = [name for name in names if not NAME.fullmatch(name)]
+    if strange:
+        raise ValueError(f"expected names of letters, digits, _ and - for the folders of a part, got {strange!r:.100}")
+    return list(names)
 
 
 @strict
@@ -68,8 +83,27 @@ class ModalitySegmentation:
 
     def __call__(self, model: PreTrainedModel, processor, data: Path, split: str) -> dict:
         folder, names = part(data, split)
-        samples = ModalityFolder(folder, processor.modalities, names=names)
+        samples = ModalityFolder(folder, check_names(processor.modalities), names=names)
         return evaluate_modalities(model, ModalityDataset(samples, processor, keep=self.keep), self.keep, ONE_BY_ONE)
+
+
+@strict
+@dataclass
+class ImageToImage:
+    """Images of one sensor, drawn from those of others."""
+
+    target: str
+    sensor: dict  # of the target, see `Sensor`
+
+    def __post_init__(self):
+        check_names([self.target])
+        read_sensor(self.sensor, self.target)
+
+    def __call__(self, model: PreTrainedModel, processor, data: Path, split: str) -> dict:
+        folder, names = part(data, split)
+        folders = check_names([*processor.modalities, self.target])
+        samples = ModalityFolder(folder, folders, label_folder=None, names=names)
+        return evaluate_translation(model, TranslationDataset(samples, processor, self.target, self.sensor), ONE_BY_ONE)
 
 
 @strict
@@ -109,6 +143,7 @@ class Retrieval:
 EVALUATIONS = {  # by the Auto class that opens a model, or by a class that is evaluated otherwise
     "AutoModelForSemanticSegmentation": Segmentation,
     "ModalityFusionForSemanticSegmentation": ModalitySegmentation,
+    "AutoModelForImageToImage": ImageToImage,
     "AutoModelForDepthEstimation": Depth,
     "AutoModelForImageClassification": Classification,
     "AutoModelForZeroShotImageClassification": Retrieval,

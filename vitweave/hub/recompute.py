@@ -1,7 +1,6 @@
 """Measure the metrics of a published model again. Nothing that a card says is executed."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -11,10 +10,8 @@ import torch
 
 from vitweave.hub.card import CardInfo, CardMetric, build
 from vitweave.hub.checksums import sha256
-from vitweave.hub.evaluations import find_evaluation
+from vitweave.hub.evaluations import NAME, find_evaluation
 from vitweave.hub.export import load_model, load_processor
-
-SPLIT = re.compile(r"[\w-]+")  # a name below the data's folder, never a path
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def _obstacle(metric: CardMetric, metrics: Sequence[CardMetric], data: Mapping[s
         return f"its data were not given, --data {metric.dataset}=PATH"
     if metric.options is None:
         return "the card says that only the command measures it"
-    if metric.split is None or not SPLIT.fullmatch(metric.split):
+    if metric.split is None or not NAME.fullmatch(metric.split):
         return f"the card names no part of the data, but {metric.split!r:.50}"
     if sum(_measured(other) == _measured(metric) for other in metrics) > 1:
         return "the card has several values of it, so they are not all this model's"

@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 from PIL import ImageOps
 
+from vitweave.configuration.option_types import check_option_types
 from vitweave.processing.depth_maps import stored_depth
 from vitweave.processing.image_steps import channels_first
 
@@ -72,13 +73,16 @@ class Sensor:
 
 
 def read_sensor(options: "dict | Sensor", name: str) -> Sensor:
-    """A sensor from its options; a misspelt one is refused by name."""
+    """A sensor from its options; a misspelt one or a value of another kind is refused by name."""
     if isinstance(options, Sensor):
         return options
     known = [field.name for field in fields(Sensor)]
     strange = sorted(set(options) - set(known))
     if strange:
         raise ValueError(f"the modality {name!r} has no option {strange}; its options: {known}")
+    if "encoding" not in options:
+        raise ValueError(f"the modality {name!r} has no encoding; known: {list(ENCODINGS)}")
+    check_option_types(Sensor, options, f"the modality {name!r}")
     return Sensor(**options)
 
 
