@@ -227,6 +227,8 @@ def test_the_value_of_the_recipe_comes_out_again(kind, tmp_path, capsys, monkeyp
     told = capsys.readouterr().out
     assert "files as published" in told and "some data: data as published" in told
     assert ", recomputed 0." in told and "not recomputed" not in told
+    edit_card(tmp_path, value=CardInfo.load(tmp_path / "export").metrics[0].value + 0.02)
+    assert verify() == 2 and "1 metrics differ by more than 0.005" in capsys.readouterr().err
 
 
 def test_a_changed_value_fails(published, capsys):
