@@ -33,12 +33,13 @@ class Arguments:
     patch: int = field(default=8, metadata={"help": "patch size of the ViT; the pyramid has half, one and two of it"})
     width: int = field(default=64, metadata={"help": "channels of the pyramid and of the detector"})
     size: int = field(default=256, metadata={"help": "side of the pictures in pixels"})
-    crop: int = field(default=128, metadata={"help": "side of the training crops"})
     queries: int = field(default=150, metadata={"help": "objects that can be found in one picture"})
     steps: int = 1000
     eval_every: int = field(default=200, metadata={"help": "steps between evaluations and checkpoints"})
     batch_size: int = 8
     lr: float = 5e-4
+    encoder_lr_scale: float = field(default=1.0, metadata={"help": "0.1 for a pretrained encoder"})
+    bf16: bool = field(default=False, metadata={"help": "train in bfloat16 where that is safe"})
     workers: int = 0
     seed: int = 0
     out: str = "runs/detection"
@@ -49,7 +50,7 @@ class Arguments:
 def main() -> dict[str, float]:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     if args.tiny:
-        args.size, args.crop, args.width, args.queries, args.batch_size = 32, 32, 32, 8, 4
+        args.size, args.width, args.queries, args.batch_size = 32, 32, 8, 4
         args.steps, args.eval_every = 20, 10
     elif not args.data:
         raise SystemExit("--data is missing: give a folder or --tiny")
@@ -57,8 +58,9 @@ def main() -> dict[str, float]:
 
     # 1. Pictures and class maps; the boxes are read off the augmented map, so they fit whatever was cropped or turned
     processor = RTDetrImageProcessorPil(size={"height": args.size, "width": args.size}, do_normalize=True)
+    # (boxes are learnt as parts of the picture: crops of another size than it would teach wrong ones)
     augmentation = SegmentationAugmentation(
-        args.crop, scale=(0.8, 1.25), vertical_flip=0.5, rotate=True, color_jitter=0.25, seed=args.seed, ignore_index=0
+        args.size, scale=(0.8, 1.25), vertical_flip=0.5, rotate=True, color_jitter=0.25, seed=args.seed, ignore_index=0
     )
     if args.tiny:
         id2label, options = {0: "disc", 1: "square"}, {"classes": {1: 0, 2: 1}}
@@ -104,6 +106,8 @@ def main() -> dict[str, float]:
         output_dir=args.out,
         resume=args.resume,
         max_detections=args.queries,
+        encoder_lr_scale=args.encoder_lr_scale,
+        bf16=args.bf16,
         max_steps=args.steps,
         save_strategy="steps",
         save_steps=args.eval_every,

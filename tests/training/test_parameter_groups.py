@@ -3,7 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, SegformerConfig, SegformerForSemanticSegmentation
+from transformers import (
+    BertConfig,
+    DetrConfig,
+    DetrForObjectDetection,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+)
 
 from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
@@ -51,6 +57,20 @@ def test_groups_hold_every_trainable_parameter_once():
         (inside,) = {id(parameter) in encoder for parameter in group["params"]}
         assert group["lr"] == pytest.approx(1e-4 if inside else 1e-3)
     assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+
+
+def test_the_encoder_of_a_stock_detector_is_its_backbone():
+    backbone = SpecializedViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, out_indices=[2]
+    )
+    small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 4, "use_timm_backbone": False}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    model = DetrForObjectDetection(DetrConfig(backbone_config=backbone, **small, **heads))
+    assert find_encoder(model) is model.model.backbone
+    slow = {
+        id(one) for group in parameter_groups(model, 1.0, 0.1, 0.5) if group["lr"] == 0.5 for one in group["params"]
+    }
+    assert slow == {id(one) for one in model.model.backbone.parameters() if one.requires_grad}
 
 
 def test_a_bare_module_has_no_encoder():

@@ -14,6 +14,7 @@ def train_detection(
     processor=None,
     output_dir: str | Path = "runs/detection",
     resume: bool = False,
+    encoder_lr_scale: float = 1.0,
     callbacks=(),
     max_detections: int = 100,
     **arguments,
@@ -29,6 +30,7 @@ def train_detection(
         train_dataset, eval_dataset: `DetectionDataset`, or any dataset with its items; two different objects.
         processor: the detector's image processor, saved beside every checkpoint; evaluating needs it.
         resume: go on from the last whole checkpoint in `output_dir`, or from the start if there is none.
+        encoder_lr_scale: the backbone's learning rate as a multiple of `learning_rate`; 0.1 in DETR's papers.
         max_detections: per image and class, see `AveragePrecision`.
         arguments: fields of `TrainingArguments`, which replace the defaults of `run_arguments`.
 
@@ -63,6 +65,7 @@ def train_detection(
         processor,
         metrics,
         predicted_boxes,
-        callbacks=callbacks,
+        encoder_lr_scale,
+        callbacks,
     )
     return run(trainer, checkpoint)

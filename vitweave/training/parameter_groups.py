@@ -24,10 +24,13 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 def find_encoder(model: nn.Module) -> nn.Module:
     """The part of a task model below its head: its `vision_encoder`, `backbone`, base model or `encoder`.
 
-    A model with several encoders, or with trained layers between its encoder and its head, has a `vision_encoder`.
+    A model with several encoders, or with trained layers between its encoder and its head, has a `vision_encoder`. The
+    base model of a detector holds the whole detector, and the backbone in it.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # below a PEFT wrapper
-    named = [getattr(model, name, None) for name in ("vision_encoder", "backbone", "base_model", "encoder")]
+    base = getattr(model, "base_model", None)
+    named = [getattr(model, name, None) for name in ("vision_encoder", "backbone")]
+    named += [getattr(base, "backbone", None), base, getattr(model, "encoder", None)]
     encoder = next((part for part in named if isinstance(part, nn.Module) and part is not model), None)
     if encoder is None:
         raise ValueError(f"{type(model).__name__} has neither a backbone, an encoder nor a base model below its head")
