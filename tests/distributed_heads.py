@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from accelerate_configs import plugin_of
-from modality_models import aligned, mit_fusion
 from retrieval_models import pairs, retriever
 from safetensors.torch import save_file
+from tiny_modality_models import aligned, mit_fusion
 from tiny_vlm import EightSamples, tiny_vlm_config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor

@@ -22,14 +22,15 @@ def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "set")  # or the process would start itself again
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "set")
-    names = [path.stem for path in BENCHMARKS.glob("*.py")]
-    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}  # of tests, some named alike
     threads = torch.get_num_threads()
     yield importlib.import_module
     torch.set_num_threads(threads)
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.modules.update(others)
+
+
+def test_no_helper_of_the_tests_is_named_as_a_script():
+    assert not {path.stem for path in Path(__file__).parent.glob("*.py")} & {
+        path.stem for path in BENCHMARKS.glob("*.py")
+    }
 
 
 def test_every_script_is_in_the_loop(benchmark):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from modality_models import mit_fusion
 from retrieval_models import text_config
+from tiny_modality_models import mit_fusion
 from torch.export import Dim
 from transformers import Dinov2Config, Trainer, TrainingArguments, pipeline
 

@@ -9,9 +9,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from modality_models import mit_fusion, stirred
 from modality_translators import tiny_generator
 from retrieval_models import VISION, retriever
+from tiny_modality_models import mit_fusion, stirred
 from tiny_retriever import tiny_processor
 from transformers import ViTImageProcessorPil
 

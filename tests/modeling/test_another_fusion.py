@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from modality_models import aligned, mit_fusion, stirred
+from tiny_modality_models import aligned, mit_fusion, stirred
 
 from vitweave.modeling.modality_fusion.registry import MODALITY_FUSIONS
 from vitweave.modeling.modeling_modality_fusion import ModalityFusionForSemanticSegmentation

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from distributed_heads import dense, vit
-from modality_models import aligned, mit_fusion
 from retrieval_models import retriever
+from tiny_modality_models import aligned, mit_fusion
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import SegformerConfig

@@ -4,8 +4,8 @@ import itertools
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from modality_models import NAMES, aligned, mit_fusion, stirred, tiny_mit
 from model_checks import check_saved_and_loaded_equal
+from tiny_modality_models import NAMES, aligned, mit_fusion, stirred, tiny_mit
 from transformers import (
     AutoModel,
     AutoModelForSemanticSegmentation,

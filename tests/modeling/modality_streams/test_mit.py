@@ -1,6 +1,6 @@
 import pytest
 import torch
-from modality_models import NAMES, aligned, mit_fusion, stirred, tiny_mit
+from tiny_modality_models import NAMES, aligned, mit_fusion, stirred, tiny_mit
 from torch import nn
 from transformers import SegformerModel
 
