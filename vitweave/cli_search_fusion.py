@@ -44,7 +44,10 @@ def add_search_fusion_command(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--label-stride", type=int, default=1, help="search on every n-th row and column of labels")
     parser.add_argument("--depth-scale", type=float, default=0.001, help="metres = stored * scale + offset")
     parser.add_argument("--depth-offset", type=float, default=0.0)
-    parser.add_argument("--max-depth", type=float, default=10.0, help="metres")
+    parser.add_argument("--max-depth", type=float, default=10.0, help="metres that a model can say")
+    parser.add_argument(
+        "--protocol", default="nyu", help="of AbsRel, which says up to which depth (default: nyu, 10 m)"
+    )
     parser.add_argument("--where", default="{}", help="retrieval: only records with these values, JSON")
     parser.add_argument("--text-columns", nargs="+", default=["caption"], help="retrieval: one is drawn per epoch")
     parser.add_argument("--feature-dtype", choices=("float16", "bfloat16"), help="keep the features in half precision")
@@ -136,7 +139,7 @@ def image_task(args: argparse.Namespace, encoders: list, candidates: list):
         if head["id2label"] is None:
             raise FileNotFoundError(f"expected {args.data}/meta.json, which names the classes (id2label)")
     else:
-        head = {"max_depth": args.max_depth}
+        head = {"max_depth": args.max_depth, "protocol": args.protocol}
     task_class = SEARCH_TASKS[args.task]
     features = KeptFeatures(encoders, parts, tower, candidates, task_class.dense)
     return task_class(features, args.label_stride, **head)
@@ -154,6 +157,10 @@ def retrieval_task(args: argparse.Namespace, encoders: list, candidates: list):
 
     if len(encoders) > 1:
         raise ValueError(f"expected one encoder for retrieval, whose layers are searched, got {len(encoders)}")
+    if args.train_images is not None or args.eval_images is not None:
+        raise ValueError("--train-images and --eval-images thin labelled images; choose records with --where")
+    if args.size is not None and len(args.size) > 1:
+        raise ValueError(f"expected --size as the side of the square canvas of retrieval, got {args.size}")
     where = json.loads(args.where)
     train, validation = (open_records(args.data, split, where) for split in ("train", "validation"))
     tokenizer = train_tokenizer(corpus_of(train, args.text_columns), 4000, max_length=64)
@@ -165,14 +172,31 @@ def retrieval_task(args: argparse.Namespace, encoders: list, candidates: list):
     return RetrievalSearch(features, train, validation)
 
 
+def told_facts(args: argparse.Namespace, task, budget) -> dict[str, str]:
+    """What was searched, as the report tells it."""
+    train, validation = (len(part) for part in task.features.parts[0])
+    protocol = f" under {args.protocol}" if args.task == "depth" else ""
+    what = "behind the encoders" if args.budget_of == "after" else "encoders included"
+    return {
+        "encoders": ", ".join(Path(name).name for name in args.encoders) + ", frozen",
+        "data": f"{Path(args.data).name}, {args.task}{protocol}; {train} training images, of which {args.held_out:.0%}"
+        f" judge the rounds, and {validation} for the report",
+        "training": f"{args.steps} steps of {args.batch_size} images, AdamW, learning rate {args.learning_rate:g}",
+        "budget": " and ".join(f"{limit:g} {unit}" for unit, limit in budget.limits.items()) or "none",
+        "costs": f"of one image on {task.features.device.type}, {what}",
+    }
+
+
 def run_search_fusion(args: argparse.Namespace) -> None:
     """Search, print a line per round and the table."""
+    import torch
     from transformers.utils import logging
 
     from vitweave.analysis.fusion_candidates import ENCODER_FUSION_CHOICES, LAYER_CHOICES, baselines, search_space
     from vitweave.analysis.fusion_search import FusionSearch, SearchOptions
     from vitweave.analysis.fusion_search_costs import Budget
     from vitweave.analysis.fusion_search_report import write_report
+    from vitweave.analysis.plots import new_figure
     from vitweave.cli_compare import load_encoder
     from vitweave.modeling.layer_fusion.registry import LAYER_FUSIONS
 
@@ -189,7 +213,10 @@ def run_search_fusion(args: argparse.Namespace) -> None:
         budget=budget,
         feature_dtype=args.feature_dtype,
     )
-    encoders = [load_encoder(name) for name in args.encoders]
+    if not args.no_plot:
+        new_figure(1, 1)  # a missing matplotlib is told now, not after the search
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    encoders = [load_encoder(name).to(device) for name in args.encoders]
     configs, given = [encoder.config for encoder in encoders], json.loads(args.fusion_options)
     dense = args.task in ("segmentation", "depth")
     space = search_space(
@@ -210,14 +237,6 @@ def run_search_fusion(args: argparse.Namespace) -> None:
         tell=print,
         progress=not args.quiet,
     )
-    count = [len(part) for part in search.task.features.parts[0]]
-    facts = {
-        "encoders": ", ".join(Path(name).name for name in args.encoders) + ", frozen",
-        "data": f"{Path(args.data).name}, {args.task}; {count[0]} training images, of which {args.held_out:.0%} judge"
-        f" the rounds, and {count[1]} for the report",
-        "training": f"{args.steps} steps of {args.batch_size} images, AdamW, learning rate {args.learning_rate:g}",
-        "budget": " and ".join(f"{limit:g} {unit}" for unit, limit in budget.limits.items()) or "none",
-        "costs": "of one image, " + ("behind the encoders" if args.budget_of == "after" else "encoders included"),
-    }
+    facts = told_facts(args, search.task, budget)
     print(write_report(search.run(), args.out, facts, plot=not args.no_plot, limit=args.budget_ms))
     print(f"wrote {args.out}/model, search.md, .json" + ("" if args.no_plot else ", .png"))

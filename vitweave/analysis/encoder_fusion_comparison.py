@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, set_seed
 
+from vitweave.analysis.bootstrap import resampled_sums
 from vitweave.analysis.fusion_comparison import mean_of, seconds_of
 from vitweave.analysis.whole_files import write_whole
 from vitweave.configuration.encoder_fusion_plans import cells
@@ -350,7 +350,7 @@ def summary(row: Row, runs: list[dict], rate: float, cost: dict, resamples: int)
         and milliseconds; samples of the bootstrap.
     """
     right = torch.tensor([run["right"] for run in runs], dtype=torch.float64).mean(dim=0)  # (images,)
-    samples = resampled_means(right, resamples)
+    samples = resampled_sums(right[:, None], resamples)[:, 0] / len(right)
     low, high = interval(samples)
     facts = {"name": row.name, "encoders": list(row.encoders), "fusion_options": row.fusion_options}
     return {
@@ -365,12 +365,6 @@ def summary(row: Row, runs: list[dict], rate: float, cost: dict, resamples: int)
         **cost,
         "samples": samples,
     }
-
-
-def resampled_means(values: Tensor, resamples: int) -> Tensor:
-    """(resamples,) means over images drawn with replacement; the same draws for every row of a table."""
-    picks = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(0))
-    return values[picks].mean(dim=1)
 
 
 def add_differences(rows: list[dict], num_encoders: int) -> list[dict]:

@@ -63,8 +63,11 @@ class SearchOptions:
     def __post_init__(self):
         if not 0 < self.held_out < 1:
             raise ValueError(f"expected held_out between 0 and 1, a share of the training images, got {self.held_out}")
-        if self.steps < 1 or not self.seeds:
-            raise ValueError(f"expected at least one step and one seed, got steps={self.steps}, seeds={self.seeds}")
+        if self.steps < 1 or (self.first_steps is not None and self.first_steps < 1) or not self.seeds:
+            raise ValueError(
+                f"expected at least one step and one seed, got steps={self.steps}, first_steps={self.first_steps},"
+                f" seeds={self.seeds}"
+            )
 
 
 class FusionSearch:
@@ -90,6 +93,7 @@ class FusionSearch:
     ):
         self.task, self.options, self.out, self.tell = task, options, Path(out), tell
         self.candidates, self.baselines = list(candidates), list(baselines)
+        self.facts = digest_of(task.facts())
         self.bar = tqdm(disable=not progress, unit="run", desc="search")
 
     def run(self) -> dict:
@@ -128,10 +132,11 @@ class FusionSearch:
         }
 
     def costs(self, candidates: Sequence[Candidate]) -> dict[str, dict]:
-        """What every candidate costs, measured once: a later search in the same folder takes the same numbers."""
+        """What every candidate costs, measured once: a later search in this folder takes the same numbers."""
         path, scope = self.out / "costs.json", self.options.budget.scope
         kept = json.loads(path.read_text()) if path.is_file() else {}
-        keys = {one.name: f"{one.name}, {scope}, {digest_of(asdict(one))}" for one in candidates}
+        shared = [self.facts, self.task.features.facts()]
+        keys = {one.name: f"{one.name}, {scope}, {digest_of([asdict(one), *shared])}" for one in candidates}
         missing = [one for one in candidates if keys[one.name] not in kept]
         if missing:
             found = CostMeter(self.task, scope).costs(missing, self.options.rounds)
@@ -189,7 +194,7 @@ class FusionSearch:
         options = {name: getattr(self.options, name) for name in ("batch_size", "learning_rate", "weight_decay")}
         settings = digest_of(
             {"data": self.data, "candidate": asdict(candidate), "steps": steps, "seed": seed, "held_out": held_out}
-            | {"task": type(self.task).__name__, "stride": self.task.label_stride, **options}
+            | {"task": self.facts, **options}
         )
         keep = keep and seed == self.options.seeds[0]
         path = self.out / "runs" / f"{settings[:20]}.json"

@@ -109,9 +109,9 @@ class CostMeter:
         """Every candidate's cost per image, by name."""
         calls: dict[str, Callable] = {}
         found: dict[str, dict] = {}
-        device = self.task.features.encoders[0].device
+        device = self.task.features.device
         for candidate in candidates:
-            model = self.task.cost_model(candidate).eval()
+            model = self.task.cost_model(candidate).to(device).eval()
             inputs = self.inputs(candidate, model)
             found[candidate.name] = self.counted(model, inputs)
             calls[candidate.name] = lambda model=model, inputs=inputs: model(**inputs)

@@ -1,5 +1,6 @@
 """Features of frozen encoders, computed once, from which every candidate of a search reads its own part."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from vitweave.configuration.encoder_facts import encoder_facts
 from vitweave.modeling.modeling_layer_fusion import LayerFusionModel
 from vitweave.modeling.modeling_multi_encoder import MultiEncoderModel
 from vitweave.training.feature_cache import CachedFeatures, StackedSamples, cache_features
-from vitweave.training.feature_keys import digest_of
+from vitweave.training.feature_keys import arithmetic, digest_of, settled
 from vitweave.training.retrieval_features import FeatureSource
 
 LAYERED = ("cls", "patches", "patch_means")  # entries with an axis of layers
@@ -74,6 +75,19 @@ class KeptFeatures:
         for candidate in candidates:
             self.note(candidate)
         self.sources = {key: self.source(key) for key in self.layers}
+
+    def facts(self) -> dict:
+        """What a cost depends on besides the candidate and its head: encoders, sizes of images, device."""
+        configs = [
+            json.dumps(settled(encoder.config.to_dict()), sort_keys=True, default=str) for encoder in self.encoders
+        ]
+        sizes = [tuple(validation[0]["pixel_values"].shape) for _, validation in self.parts]
+        return {"encoders": configs, "images": sizes, "tower": self.tower, "device": arithmetic(self.device)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoders are."""
+        return self.encoders[0].device
 
     def note(self, candidate: Candidate) -> None:
         """Remember what a candidate reads."""
@@ -169,5 +183,5 @@ class KeptFeatures:
         items = [dataset[index] for index in range(min(images, len(dataset)))]
         pixel_values = torch.stack([item["pixel_values"] for item in items])
         masks = [item["patch_mask"] for item in items if "patch_mask" in item]
-        source = self.sources[key].eval()
-        return source.encode(pixel_values, *([torch.stack(masks)] if masks else [])), pixel_values
+        given = [pixel_values, *([torch.stack(masks)] if masks else [])]
+        return self.sources[key].eval().encode(*(part.to(self.device) for part in given)), pixel_values

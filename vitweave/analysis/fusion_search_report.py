@@ -1,6 +1,7 @@
 """A search over fusions as a table with its reasons, as JSON, and as a Pareto plot."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def plot_pareto(found: dict, path: str | Path, limit: float | None = None) -> No
             (row["milliseconds"], entry["value"], row["name"])
             for row in found["candidates"]
             for entry in row["rounds"]
-            if entry["steps"] == count
+            if entry["steps"] == count and math.isfinite(entry["value"])
         ]
         sign = -1 if found["lower_is_better"] else 1
         front = [rows[place] for place in pareto_front([(cost, sign * value) for cost, value, _ in rows])]

@@ -67,6 +67,16 @@ class RetrievalSearch(SearchTask):
         self.texts = (train, validation)
         self.text_size, self.text_layers, self.projection_dim = text_size, text_layers, projection_dim
 
+    def facts(self) -> dict:
+        texts = [[part.corpus(), part.draw, part.seed] for part in self.texts]
+        sizes = [self.text_size, self.text_layers, self.projection_dim]
+        return {
+            **super().facts(),
+            "texts": texts,
+            "tokens": self.texts[0].processor.tokenizer.get_vocab(),
+            "sizes": sizes,
+        }
+
     def cost_model(self, candidate: Candidate) -> PreTrainedModel:
         """The vision side: the text model is the same for all."""
         return self.fused(candidate, LayerFusionModel)

@@ -1,9 +1,11 @@
 """What a search over fusions needs to know of a task: how a candidate is built, trained and judged, image by image."""
 
 import io
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from transformers import (
     set_seed,
 )
 
+from vitweave.analysis.bootstrap import resampled_sums
 from vitweave.analysis.encoder_fusion_comparison import split, to_device
 from vitweave.analysis.fusion_candidates import Candidate
 from vitweave.analysis.fusion_search_features import KeptFeatures
@@ -54,7 +57,13 @@ class SearchTask:
     collate: Callable
 
     def __init__(self, features: KeptFeatures, label_stride: int = 1):
+        if label_stride < 1:
+            raise ValueError(f"expected a label_stride of 1 or more, every n-th row and column, got {label_stride}")
         self.features, self.label_stride = features, label_stride
+
+    def facts(self) -> dict:
+        """What a run depends on besides the features, the candidate and the training options."""
+        return {"task": type(self).__name__, "label_stride": self.label_stride}
 
     def build(self, candidate: Candidate) -> PreTrainedModel:
         """A new head, and fusion, on the encoders themselves."""
@@ -128,7 +137,9 @@ class SearchTask:
         return sums[..., 0] / sums[..., 1]
 
     def score(self, value: float) -> float:
-        """Higher is better, whatever the metric."""
+        """Higher is better, whatever the metric; what is not a number is worst."""
+        if math.isnan(value):
+            return -math.inf
         return -value if self.lower_is_better else value
 
 
@@ -140,6 +151,9 @@ class DenseSearchTask(SearchTask):
     def __init__(self, features: KeptFeatures, label_stride: int = 1, **head):
         super().__init__(features, label_stride)
         self.head = head
+
+    def facts(self) -> dict:
+        return {**super().facts(), "head": self.head}
 
     def build(self, candidate: Candidate) -> PreTrainedModel:
         backbone = self.fused(candidate, LayerFusionBackbone, MultiEncoderBackbone)
@@ -184,6 +198,11 @@ class DepthSearch(DenseSearchTask):
         options = {"use_batch_norm": True, "use_cls_token": False, "upsample": 1}
         super().__init__(features, label_stride, head_options=options, **head)
         self.metrics = DepthMetrics(protocol)
+        if self.metrics.protocol.prediction != "metres" or self.metrics.protocol.flip:
+            raise ValueError(f"expected a protocol of depth in metres without mirrored images, got {protocol!r}")
+
+    def facts(self) -> dict:
+        return {**super().facts(), "protocol": asdict(self.metrics.protocol)}
 
     def batch_sums(self, outputs, labels: Tensor) -> Tensor:
         depth = predicted_depth_at_labels(outputs.predicted_depth, labels).cpu()
@@ -200,6 +219,9 @@ class ClassificationSearch(SearchTask):
     def __init__(self, features: KeptFeatures, label_stride: int = 1, id2label: dict[int, str] | None = None):
         super().__init__(features)
         self.id2label = id2label
+
+    def facts(self) -> dict:
+        return {**super().facts(), "id2label": self.id2label}
 
     def build(self, candidate: Candidate) -> PreTrainedModel:
         classes = (LayerFusionForImageClassification, MultiEncoderForImageClassification)
@@ -218,14 +240,9 @@ SEARCH_TASKS: dict[str, type[SearchTask]] = {
 
 
 def resampled_values(task: SearchTask, sums: Sequence[Tensor], resamples: int) -> Tensor:
-    """(resamples,) metrics over images drawn with replacement, the mean of the seeds; the same draws in every call.
+    """(resamples,) metrics over images drawn with replacement, the mean of the seeds; see `resampled_sums`.
 
     Args:
         sums: of every seed, (images, numbers).
     """
-    generator = torch.Generator().manual_seed(0)
-    count = len(sums[0])
-    picks = torch.randint(count, (resamples, count), generator=generator)
-    weights = torch.zeros(resamples, count, dtype=torch.float64)
-    weights.scatter_add_(1, picks, torch.ones(resamples, count, dtype=torch.float64))
-    return torch.stack([task.value(weights @ one) for one in sums]).mean(dim=0)
+    return torch.stack([task.value(resampled_sums(one, resamples)) for one in sums]).mean(dim=0)

@@ -1,5 +1,7 @@
 """Recall, reciprocal rank and rank of images found by text and texts found by image, with bootstrap intervals."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -74,9 +76,9 @@ def bootstrap_intervals(
 
 
 def interval(samples: Tensor) -> tuple[float, float]:
-    """What 95 % of the samples lie between."""
-    edges = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = samples[samples.isfinite()].quantile(edges).tolist()
+    """What 95 % of the samples lie between; NaN where none is a number."""
+    edges, finite = torch.tensor([0.025, 0.975], dtype=torch.float64), samples[samples.isfinite()]
+    low, high = finite.quantile(edges).tolist() if len(finite) else (math.nan, math.nan)
     return low, high
 
 
