@@ -1,6 +1,7 @@
 """Measure the metrics of a published model again. Nothing that a card says is executed."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -53,21 +54,22 @@ def recompute(folder: Path, metrics: Sequence[CardMetric], data: Mapping[str, Pa
         folder: model and processor; they are loaded by the installed classes, their own code is not run.
         data: data set -> its folder or file, which `check_data` has seen.
     """
-    obstacles = [_obstacle(metric, metrics, data) for metric in metrics]
+    values = Counter(map(_measured, metrics))
+    obstacles = [_obstacle(metric, values[_measured(metric)], data) for metric in metrics]
     evaluated = None if all(obstacles) else _Evaluated(folder)
     for metric, obstacle in zip(metrics, obstacles, strict=True):
         yield Recomputed(metric, reason=obstacle) if obstacle else evaluated.measure(metric, data[metric.dataset])
 
 
-def _obstacle(metric: CardMetric, metrics: Sequence[CardMetric], data: Mapping[str, Path]) -> str:
-    """Why the card or the command does not allow to measure it; empty if they do."""
+def _obstacle(metric: CardMetric, values: int, data: Mapping[str, Path]) -> str:
+    """Why the card, which has so many values of it, or the command do not allow to measure it; empty if they do."""
     if metric.dataset not in data:
         return f"its data were not given, --data {metric.dataset}=PATH"
     if metric.options is None:
         return "the card says that only the command measures it"
     if metric.split is None or not NAME.fullmatch(metric.split):
         return f"the card names no part of the data, but {metric.split!r:.50}"
-    if sum(_measured(other) == _measured(metric) for other in metrics) > 1:
+    if values > 1:
         return "the card has several values of it, so they are not all this model's"
     return ""
 
