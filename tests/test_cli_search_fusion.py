@@ -1,6 +1,7 @@
 """`vitweave search-fusion`: one command from encoders and a folder to a trained model and the reasons for it."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -121,11 +122,12 @@ def test_what_is_beyond_the_budget_is_never_chosen(encoder, tmp_path, capsys):
 @pytest.mark.slow
 def test_depth(encoder, tmp_path):
     data, out = data_folder(tmp_path / "data", "depth"), tmp_path / "out"
-    assert search(out, [encoder], data, "depth", "--budget-of", "whole") == 0
+    assert search(out, [encoder], data, "depth", "--budget-of", "whole", "--protocol", "nyu_eigen") == 0
     found = found_in(out)
     model = AutoModelForDepthEstimation.from_pretrained(out / "model").eval()
     dataset = DepthDataset.from_folder(f"{data}/val", AutoImageProcessor.from_pretrained(out / "model"))
-    again = evaluate_depth(model, dataset, "nyu", progress=False)["abs_rel"]
+    again = evaluate_depth(model, dataset, "nyu_eigen", progress=False)["abs_rel"]
+    assert "depth under nyu_eigen" in found["facts"]["data"]
     assert found["lower_is_better"] and again == pytest.approx(found["final"][0]["value"], abs=1e-6)
     furthest = max(len(row["rounds"]) for row in found["candidates"])
     last = {row["name"]: row["rounds"] for row in found["candidates"] if len(row["rounds"]) == furthest}
@@ -158,6 +160,10 @@ def test_retrieval(encoder, tmp_path):
     dataset = RetrievalDataset.from_source(tmp_path / "data", processor, "validation")
     again = evaluate_retrieval(model, dataset)["rsum"]
     assert again == pytest.approx(found["final"][0]["seeds"][0]["value"], abs=1e-6)
+    runs, captions = len(list((out / "runs").iterdir())), tmp_path / "data" / "captions.jsonl"
+    captions.write_text(captions.read_text().replace("red", "scarlet"))
+    assert search(out, [encoder], str(tmp_path / "data"), "retrieval") == 0
+    assert len(list((out / "runs").iterdir())) >= 2 * runs  # other texts of the same images are other runs
 
 
 def test_wrong_questions_are_refused_before_anything_is_read(encoder, tmp_path, capsys):
@@ -169,8 +175,22 @@ def test_wrong_questions_are_refused_before_anything_is_read(encoder, tmp_path, 
         (["--budget-ms", "0"], "above zero"),
         (["--held-out", "1"], "held_out"),
         (["--train-images", "99"], "between 1 and 10 images"),
+        (["--label-stride", "0"], "label_stride of 1 or more"),
+        (["--first-steps", "0"], "first_steps=0"),
     ):
         assert search(tmp_path / "out", [encoder], data, "segmentation", *more) == 2
         assert told in capsys.readouterr().err
     assert search(tmp_path / "out", [encoder, encoder], data, "retrieval") == 2
     assert "one encoder for retrieval" in capsys.readouterr().err
+    for more, told in ((["--train-images", "5"], "thin labelled images"), (["--size", "32", "48"], "square canvas")):
+        assert search(tmp_path / "out", [encoder], data, "retrieval", *more) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_a_missing_matplotlib_is_told_before_the_search(encoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    data = data_folder(tmp_path / "data", "segmentation")
+    assert (
+        main(["search-fusion", encoder, "--data", data, "--task", "segmentation", "--out", str(tmp_path / "out")]) == 2
+    )
+    assert "vitweave[viz]" in capsys.readouterr().err and not (tmp_path / "out").exists()

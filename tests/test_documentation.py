@@ -14,6 +14,7 @@ from documentation_pages import CARDS, PAGES, ROOT, blocks_of, commands_of, link
 from tiny_vlm import tiny_vlm_config, tiny_vlm_processor
 from transformers import AutoModel, ViTImageProcessorPil
 
+from vitweave import PUBLIC
 from vitweave.analysis.report import InspectOptions
 from vitweave.cli import build_parser
 from vitweave.modeling.modeling_depth import DensePredictorForDepthEstimation
@@ -204,6 +205,11 @@ def test_api_pages_name_modules_of_the_package():
         assert modules, page
         lost = [name for name in modules if not (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()]
         assert not lost
+
+
+def test_every_public_name_is_on_an_api_page():
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    assert not set(PUBLIC.values()) - set(re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE))
 
 
 def test_pictures_stay_small():

@@ -59,7 +59,8 @@ class AveragePrecision:
             target = {name: as_array(value) for name, value in target.items()}
             labels = target["class_labels"]
             if labels.size and not 0 <= labels.min() <= labels.max() < self.num_labels:
-                raise ValueError(f"expected class_labels from 0 to {self.num_labels - 1}, got {np.unique(labels).astype(int).tolist()}")
+                known = f"class_labels from 0 to {self.num_labels - 1}"
+                raise ValueError(f"expected {known}, got {np.unique(labels).astype(int).tolist()}")
             height, width = target["orig_size"]
             centre, size = np.split(target["boxes"].reshape(-1, 4) * [width, height, width, height], 2, axis=1)
             crowd = target.get("iscrowd", np.zeros(len(labels)))
