@@ -54,6 +54,7 @@ def test_options_reach_their_fusion():
 
 def test_towers_are_every_subset():
     space = search_space([VIT, VIT, VIT], True, ["quarters"], ["concat"], ["add"])
+    assert space == search_space([VIT, VIT, VIT], True, ["quarters"], ["concat"], ["add"], given={"add": None})
     subsets = {one.encoders for one in space if one.is_tower}
     assert subsets == {(0, 1), (0, 2), (1, 2), (0, 1, 2)}
     assert "add of encoder 0 [12] and encoder 2 [12]" in [one.name for one in space]

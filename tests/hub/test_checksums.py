@@ -93,3 +93,10 @@ def test_the_sum_of_a_folder_depends_on_names_and_contents(tmp_path):
             (tmp_path / name / part).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / part).write_bytes(content)
     assert sha256(tmp_path / "a") == sha256(tmp_path / "b") != sha256(tmp_path / "c")
+    for name in "ac":
+        (tmp_path / f"linked {name}").mkdir()
+        (tmp_path / f"linked {name}" / "part").symlink_to(tmp_path / name)
+    assert sha256(tmp_path / "linked a") != sha256(tmp_path / "linked c")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="found none"):
+        sha256(tmp_path / "empty")

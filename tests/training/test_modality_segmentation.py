@@ -81,6 +81,7 @@ def test_one_line_predictions_take_any_subset():
     assert predict_modalities(model, processor, depth=scene["depth"]).shape == (32, 48)
     with pytest.raises(ValueError, match="none of the modalities"):
         predict_modalities(model, processor, rgb=None)
+    assert predict_modalities(model.bfloat16(), processor, **scene).shape == (32, 48)
 
 
 FOUR = {

@@ -6,7 +6,7 @@ import torch
 from modality_translators import tiny_generator
 
 from vitweave.processing.image_processing_pil_modality import ModalityImageProcessorPil
-from vitweave.training.translation_data import TranslationDataset
+from vitweave.training.translation_data import TranslationDataset, translate_modalities
 from vitweave.training.translation_pictures import painted, write_translations
 
 SENSORS = {"rgb": {"encoding": "rgb"}, "thermal": {"encoding": "thermal", "value_range": [0, 40]}}
@@ -34,3 +34,8 @@ def test_a_row_shows_sensors_drawing_and_truth(tmp_path):
     with torch.no_grad():
         drawn = np.asarray(painted(model.eval()(**seen).reconstruction[0]))
     assert np.abs(sheet[:32, 100:148] - drawn).max() <= 1
+    write_translations(tmp_path / "half.png", model.bfloat16(), dataset, height=32, gap=2)
+    half = np.asarray(PIL.Image.open(tmp_path / "half.png")).astype(int)
+    assert np.abs(half[:32, 100:148] - drawn).mean() < 3
+    image = translate_modalities(model, dataset.processor, **{name: both[name] for name in SENSORS})
+    assert image.dtype == torch.float32 and image.shape == (3, 32, 48)

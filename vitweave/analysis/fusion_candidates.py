@@ -157,6 +157,6 @@ def tower_candidates(configs: Sequence[PreTrainedConfig], fusions: Sequence[str]
                 sets = [layers[-1:] if choice == "last" else layers for layers in sets]
                 width = len(sets[0]) * encoder_facts(configs[encoders[0]]).hidden_sizes[-1]
                 for fusion in fusions:
-                    options = {**small_options(fusion, width), **given.get(fusion, {})}
+                    options = {**small_options(fusion, width), **(given.get(fusion) or {})}
                     found.append(Candidate(encoders, tuple(sets), fusion, options))
     return found

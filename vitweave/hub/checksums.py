@@ -1,6 +1,7 @@
 """SHA-256 of every file of a published model, as `sha256sum --check SHA256SUMS` reads them."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -10,9 +11,12 @@ GUARDED = (".py", ".safetensors", ".json")  # no such file may lie beside the li
 
 
 def sha256(path: Path) -> str:
-    """Of a file, or of a folder: of the sums and names of the files in it."""
+    """Of a file, or of a folder: of the sums and names of the files in it, those of linked folders too."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
+        files = [Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names]
+        files = [file for file in files if file.is_file()]
+        if not files:
+            raise ValueError(f"expected files in {path}, found none")
         return sha256_of_sums({file.relative_to(path).as_posix(): sha256(file) for file in files})
     digest = hashlib.sha256()
     with path.open("rb") as file:

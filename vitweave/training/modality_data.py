@@ -150,7 +150,7 @@ def predict_modalities(model, processor, **images) -> torch.Tensor:
     Returns:
         at the size of the images given.
     """
-    inputs = processor(images).to(model.device)
+    inputs = processor(images).to(model.device, model.dtype)
     with evaluating(model):
         outputs = model(pixel_values=inputs["pixel_values"], modality_mask=inputs["modality_mask"])
     return processor.post_process_semantic_segmentation(outputs, [processor.size_of(images)])[0]

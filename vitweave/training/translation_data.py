@@ -68,7 +68,7 @@ def translate_modalities(model, processor, **images) -> torch.Tensor:
     Args:
         images: modality -> image, as the processor takes them; what is left out is absent.
     """
-    inputs = processor(images).to(model.device)
+    inputs = processor(images).to(model.device, model.dtype)
     with evaluating(model):
         outputs = model(pixel_values=inputs["pixel_values"], modality_mask=inputs["modality_mask"])
     return (outputs.reconstruction[0].float() + 1) / 2

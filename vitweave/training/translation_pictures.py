@@ -36,8 +36,10 @@ def write_translations(
     for index in (row * len(dataset) // count for row in range(count)):
         item, sample = dataset[index], dataset.samples[index]
         with evaluating(model):
-            inputs = {name: item[name][None].to(model.device) for name in ("pixel_values", "modality_mask")}
-            drawn = model(**inputs).reconstruction[0].cpu()
+            pixel_values = item["pixel_values"][None].to(model.device, model.dtype)
+            drawn = (
+                model(pixel_values, modality_mask=item["modality_mask"][None].to(model.device)).reconstruction[0].cpu()
+            )
         images, seen = sample.get("images", sample), []
         for name, one in shown.items():
             present = images.get(name) is not None
