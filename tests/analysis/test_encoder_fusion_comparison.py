@@ -8,6 +8,7 @@ from tiny_encoders import build
 from transformers import ViTImageProcessorPil
 
 from vitweave.analysis import encoder_fusion_comparison
+from vitweave.analysis.bootstrap import resampled_sums
 from vitweave.analysis.encoder_fusion_comparison import (
     ADAPTERS,
     EncoderComparison,
@@ -15,7 +16,6 @@ from vitweave.analysis.encoder_fusion_comparison import (
     EncoderFeatures,
     add_differences,
     compare_encoder_fusions,
-    resampled_means,
     split,
 )
 from vitweave.analysis.encoder_fusion_report import best_first, markdown_table, write_report
@@ -134,7 +134,7 @@ def test_wrong_names_and_sizes_are_refused_before_anything_runs(tmp_path):
 def row(name, accuracy, right, **more):
     facts = {"name": name, "accuracy": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1}
     costs = {"learning_rate": 1e-3, "parameters": 1234, "milliseconds": 0.5}
-    samples = resampled_means(torch.tensor(right, dtype=torch.float64), 100)
+    samples = resampled_sums(torch.tensor(right, dtype=torch.float64)[:, None], 100)[:, 0] / len(right)
     return {**facts, **costs, "seeds": [{"seed": 0, "accuracy": accuracy}], "samples": samples, **more}
 
 

@@ -1,5 +1,6 @@
 """The parts of a search that need no training; the command is tested in test_cli_search_fusion.py."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from vitweave.analysis.fusion_search_tasks import (
     resampled_values,
 )
 from vitweave.training.metrics import ConfusionMatrix
+from vitweave.training.retrieval_metrics import interval
 
 NAMES = ("small", "large")
 COSTS = {"small 1": {"milliseconds": 1.0, "mebibytes": 9.0}, "large 1": {"milliseconds": 4.0, "mebibytes": 2.0}}
@@ -88,6 +90,7 @@ def test_a_candidate_that_diverged_is_left_out_first(monkeypatch, tmp_path):
     search = FusionSearch(task, candidates, [], tmp_path, SearchOptions())
     monkeypatch.setattr(search, "finished", lambda one, *_: {"value": values[one.fusion]})
     assert search.halve(candidates, [(3, 1), (2, 2)])[0].fusion == "three"
+    assert all(map(math.isnan, interval(torch.full((5,), math.nan))))
 
 
 def test_costs_are_kept_for_the_same_question_only(monkeypatch, tmp_path):
