@@ -44,16 +44,7 @@ def train_detection(
     check_datasets(train_dataset, eval_dataset)
     metrics = None
     if eval_dataset is not None:
-        if not hasattr(processor, "post_process_object_detection"):
-            raise ValueError(
-                f"evaluating needs the detector's image processor, got {type(processor).__name__}: expected one with"
-                " post_process_object_detection"
-            )
-        if args.world_size > 1:  # accelerate joins the first picture of one process with the first of the next
-            raise ValueError(
-                f"boxes cannot be gathered from {args.world_size} processes; train without eval_dataset there, and"
-                " evaluate in one"
-            )
+        check_evaluation(processor, args.world_size)
         metrics = DetectionMetrics(processor, model.config.id2label, max_detections)
     trainer = build_trainer(
         model,
@@ -69,3 +60,17 @@ def train_detection(
         callbacks,
     )
     return run(trainer, checkpoint)
+
+
+def check_evaluation(processor, processes: int) -> None:
+    """Refuse to evaluate without the processor that reads boxes off logits, and in several processes."""
+    if not hasattr(processor, "post_process_object_detection"):
+        raise ValueError(
+            f"evaluating needs the detector's image processor, got {type(processor).__name__}: expected one with"
+            " post_process_object_detection"
+        )
+    if processes > 1:  # accelerate joins the first picture of one process with the first of the next
+        raise ValueError(
+            f"boxes cannot be gathered from {processes} processes; train without eval_dataset there, and"
+            " evaluate in one"
+        )
