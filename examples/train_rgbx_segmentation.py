@@ -121,6 +121,8 @@ def main() -> dict[str, float]:
     augmentation = ModalityAugmentation(crop_size=tuple(args.crop) or None, seed=args.seed)
     train, val = part(args.data, "train", augmentation), part(args.data, "val")
     id2label = read_id2label(args.data)
+    if id2label is None:
+        raise SystemExit(f'expected {args.data}/meta.json with the class names: {{"id2label": {{"0": "wall", ...}}}}')
 
     # 2. One encoder for all sensors, with a norm for each, and the fusion in its blocks
     options = {

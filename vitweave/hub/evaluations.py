@@ -1,8 +1,8 @@
 """The evaluations that measure the metrics of a card again, on data laid out as the examples read it.
 
 A part of a data set is the folder `<split>/`, or what `<split>.txt` names of the whole folder. In it lie, as for
-training, `image/` and `label/`; a folder per modality, and `label/` or one of the image to be drawn; `rgb/` or
-`image/` and `depth/`; or a folder per class. A retriever reads `captions.jsonl` (or a jsonl file),
+training, `image/` and `label/`; a folder per modality, and `label/` or one of the image to be drawn; or `rgb/` or
+`image/` and `depth/`. Classes have a folder each in `<split>/`. A retriever reads `captions.jsonl` (or a jsonl file),
 where the field `split` names the part.
 """
 

@@ -5,12 +5,16 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from accelerate import PartialState
+
 from vitweave.hub.card import CardInfo, CardMetric
 from vitweave.hub.checksums import sha256
 
 
-def save_run_card(folder: str | Path, data: str | Path, split: str, metrics: Iterable[tuple[str, float, dict]]) -> Path:
+def save_run_card(folder: str | Path, data: str | Path, split: str, metrics: Iterable[tuple[str, float, dict]]) -> None:
     """Write `vitweave_card.json` beside a model, with the command line of this process and the data's SHA-256.
+
+    Of several processes the first writes it.
 
     Args:
         folder: of the saved model.
@@ -18,7 +22,8 @@ def save_run_card(folder: str | Path, data: str | Path, split: str, metrics: Ite
         split: the part that was measured on.
         metrics: (type, value, options of the evaluation), see `evaluations`.
     """
+    if not PartialState().is_main_process:
+        return
     name, command = Path(data).resolve().name, shlex.join(["python", *sys.argv])
     found = [CardMetric(kind, value, command, name, split=split, options=options) for kind, value, options in metrics]
-    card = CardInfo(training_command=command, metrics=found, data_sha256={name: sha256(Path(data))})
-    return card.save(folder)
+    CardInfo(training_command=command, metrics=found, data_sha256={name: sha256(Path(data))}).save(folder)
