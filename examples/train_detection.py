@@ -21,6 +21,7 @@ from vitweave.modeling.modeling_specialized_vit import SpecializedViTModel
 from vitweave.processing.augmentation import SegmentationAugmentation
 from vitweave.training.detection import train_detection
 from vitweave.training.detection_data import DetectionDataset
+from vitweave.training.detection_pictures import write_detections
 from vitweave.training.synthetic_shapes import SyntheticShapes
 
 
@@ -97,7 +98,7 @@ def main() -> dict[str, float]:
     model = RTDetrForObjectDetection(config)
     model.model.backbone.model.load_state_dict(backbone.state_dict())
 
-    # 4. Train, keep the best checkpoint by COCO's mAP, and print what came out
+    # 4. Train, keep the best checkpoint by COCO's mAP, draw what it finds, and print what came out
     metrics = train_detection(
         model,
         train,
@@ -116,6 +117,7 @@ def main() -> dict[str, float]:
         dataloader_num_workers=args.workers,
         seed=args.seed,
     )
+    write_detections(Path(args.out, "boxes.png"), model, val)
     print({name: round(value, 4) for name, value in metrics.items()})
     return metrics
 

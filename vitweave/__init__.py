@@ -103,6 +103,7 @@ PUBLIC = {
     "train_tokenizer": "vitweave.training.text_tokenizer",
     "train_vlm": "vitweave.training.vlm",
     "write_depth_rows": "vitweave.training.pictures",
+    "write_detections": "vitweave.training.detection_pictures",
     "write_translations": "vitweave.training.translation_pictures",
 }
 
