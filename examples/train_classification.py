@@ -3,8 +3,7 @@
     python examples/train_classification.py --tiny
     python examples/train_classification.py --data clothes/ --encoder facebook/dinov2-small --mode lora --steps 500
 
-A folder holds `train/` and `validation/`, each with one folder of pictures per class. A killed run goes on with the
-same command and `--resume`, and ends with the same weights.
+A folder holds `train/` and `validation/`, with a folder of pictures per class. `--resume` goes on with a killed run.
 """
 
 import argparse
@@ -43,15 +42,15 @@ set_seed(args.seed)
 # 1. Pictures and classes; crops and flips differ in every epoch, and only with epoch, picture and seed
 args.size, args.steps, args.eval_every = (32, 20, 10) if args.tiny else (args.size, args.steps, args.eval_every)
 size = {"height": args.size, "width": args.size}
-augmentation = ClassificationAugmentation(args.size, scale=(0.35, 1.0), color_jitter=0.2, seed=args.seed)
-augmentation = None if args.cache_features else augmentation
+drawn = ClassificationAugmentation(args.size, scale=(0.35, 1.0), color_jitter=0.2, seed=args.seed)
+augmentation = None if args.cache_features else drawn
 if args.tiny:
     processor = ViTImageProcessorPil(size=size)
     train = ImageClassificationDataset(SyntheticClasses(32), processor, augmentation)
-    held_out = ImageClassificationDataset(SyntheticClasses(12, seed=1), processor)
+    val = ImageClassificationDataset(SyntheticClasses(12, seed=1), processor)
 else:
     processor = AutoImageProcessor.from_pretrained(args.encoder, size=size, do_center_crop=False)
-    train, held_out = open_parts(args.data, processor, augmentation)
+    train, val = open_parts(args.data, processor, augmentation)
 labels = {"id2label": train.id2label, "label2id": {name: index for index, name in train.id2label.items()}}
 
 # 2. A specialised ViT, converted from a pretrained one or a small one anew, with a classifier on its class token
@@ -62,21 +61,19 @@ else:
     model = SpecializedViTForImageClassification.from_vit(args.encoder, num_labels=len(train.id2label), **labels)
 
 # 3. Train the classifier alone, with LoRA on the [CLS] path, or everything
-if args.mode == "frozen":
-    find_encoder(model).requires_grad_(False)
+find_encoder(model).requires_grad_(args.mode != "frozen")
 if args.mode == "lora":
     from peft import get_peft_model
 
     from vitweave.training.lora import lora_config
 
     model = get_peft_model(model, lora_config(model, preset="cls"))
-steps = {"max_steps": args.steps, "save_strategy": "steps", "save_steps": args.eval_every, "seed": args.seed}
-steps["cache_features"] = args.cache_features
-options = {"learning_rate": args.lr, "per_device_train_batch_size": args.batch_size, **steps}
-metrics = train_classification(model, train, held_out, processor, args.out, args.resume, **options)
+options = {"max_steps": args.steps, "save_strategy": "steps", "save_steps": args.eval_every, "seed": args.seed}
+options |= {"per_device_train_batch_size": args.batch_size, "cache_features": args.cache_features}
+metrics = train_classification(model, train, val, processor, args.out, args.resume, learning_rate=args.lr, **options)
 
 # 4. Draw what the best checkpoint says, and tell what came out, on its card too
-write_predictions(Path(args.out, "predictions.png"), model, held_out)
+write_predictions(Path(args.out, "predictions.png"), model, val)
 print({name: round(value, 4) for name, value in metrics.items()})
 if not args.tiny and Path(args.data).is_dir():
     save_run_card(args.out, args.data, "validation", [("accuracy", metrics["accuracy"], {})])
