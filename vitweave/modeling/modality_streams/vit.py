@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
-from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
+from vitweave.configuration.configuration_specialized_vit import PARALLEL_LINEARS, SpecializedViTConfig
 from vitweave.configuration.reductions import as_pair
 from vitweave.modeling.modality_fusion.base import BlockInputs, ModalityFusion, ModalityNorm
 from vitweave.modeling.modality_streams.auxiliary import AuxiliaryMerge
@@ -166,6 +166,8 @@ class VitStreams(ModalityStreams):
         super().__init__()
         self.vit = vit = vit_of_streams(config)
         config.stream_config = vit  # what is saved is read again without knowing other ViTs
+        rules = {name: style for name, style in PARALLEL_LINEARS.items() if name.startswith("mlp.")}
+        self._tp_plan = {f"stages.*.blocks.*.{name}": style for name, style in rules.items()}  # absent ones are dropped
         num_stages = len(config.stage_layers)
         self.channels = [vit.hidden_size] * num_stages
         self.strides = [as_pair(vit.patch_size)[0]] * num_stages
