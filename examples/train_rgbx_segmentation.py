@@ -33,7 +33,7 @@ from vitweave.training.modality_data import (
     predict_modalities,
 )
 from vitweave.training.modality_evaluation import evaluate_modalities
-from vitweave.training.pictures import write_prediction_rows
+from vitweave.training.pictures import evenly_spread, write_prediction_rows
 from vitweave.training.segmentation import train_segmentation
 from vitweave.training.segmentation_data import balanced_class_weights, read_id2label
 
@@ -87,7 +87,7 @@ def draw_scenes(folder: Path, count: int = 24):
 
 def write_pictures(path: Path, model, processor, val: ModalityDataset, count: int = 6):
     """Rows of the picture, the true and the predicted classes, of scenes spread evenly over the data."""
-    rows = [row * len(val) // count for row in range(min(count, len(val)))]
+    rows = evenly_spread(len(val), count)
     scenes = [val.samples[row]["images"] for row in rows]
     guesses = [predict_modalities(model, processor, **images).cpu() for images in scenes]
     pictures, truths = [PIL.Image.open(images["rgb"]) for images in scenes], [val[row]["labels"] for row in rows]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from accelerate_configs import plugin_of
-from retrieval_models import pairs, retriever
+from retrieval_models import VIT, pairs, retriever
 from safetensors.torch import save_file
 from tiny_modality_models import aligned, mit_fusion
 from tiny_vlm import EightSamples, tiny_vlm_config
@@ -33,14 +33,6 @@ from vitweave.training.sharding import leave_numbers_whole
 
 STEPS = 3
 BATCH = 4  # of all processes together
-VIT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "mlp_ratio": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
 DINOV2 = VIT | {"image_size": 48}
 
 

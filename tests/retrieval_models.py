@@ -6,16 +6,15 @@ from transformers import BertConfig
 from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
 from vitweave.modeling.modeling_image_text_retriever import ImageTextRetrieverModel
 
-VISION = {
-    "model_type": "specialized_vit",
+VIT = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "mlp_ratio": 2,
     "image_size": 32,
     "patch_size": 8,
-    "use_mask_token": False,
 }
+VISION = {"model_type": "specialized_vit", **VIT, "use_mask_token": False}
 TEXT = {
     "vocab_size": 40,
     "hidden_size": 24,

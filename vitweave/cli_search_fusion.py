@@ -64,20 +64,16 @@ def eval_split(data: Path) -> str:
     return found[0]
 
 
-def pair_samples(samples_class, data: Path, part: str):
-    """One part of a folder, whether it has a folder or a list of names of its own."""
-    names = data / f"{part}.txt"
-    return samples_class(data, names) if names.is_file() else samples_class(data / part)
-
-
 def thinned(dataset, count: int | None):
     """A dataset of files with only so many of them, evenly spread over their order, so that every class stays."""
+    from vitweave.training.pictures import evenly_spread
+
     for name in ("pairs", "files") if count is not None else ():
         entries = getattr(dataset.samples, name, None)
         if entries is not None and not 0 < count <= len(entries):
             raise ValueError(f"expected between 1 and {len(entries)} images, got {count}")
         if entries is not None:
-            setattr(dataset.samples, name, [entries[place * len(entries) // count] for place in range(count)])
+            setattr(dataset.samples, name, [entries[place] for place in evenly_spread(len(entries), count)])
     return dataset
 
 
@@ -98,6 +94,7 @@ def image_parts(args: argparse.Namespace, size: list[int], mean: list[float], st
     from vitweave.processing.image_processing_pil_segmentation import SegmentationImageProcessorPil
     from vitweave.training.classification_data import open_parts
     from vitweave.training.depth_data import DepthDataset, DepthFolderSamples
+    from vitweave.training.paired_data import place_of_part
     from vitweave.training.segmentation_data import FolderSamples, SegmentationDataset
 
     data, parts = Path(args.data), ("train", eval_split(Path(args.data)))
@@ -107,10 +104,10 @@ def image_parts(args: argparse.Namespace, size: list[int], mean: list[float], st
         return open_parts(data, processor, names=parts)
     if args.task == "segmentation":
         processor = SegmentationImageProcessorPil(**shown)
-        return tuple(SegmentationDataset(pair_samples(FolderSamples, data, part), processor) for part in parts)
+        return tuple(SegmentationDataset(FolderSamples(*place_of_part(data, part)), processor) for part in parts)
     known = {"depth_scale": args.depth_scale, "depth_offset": args.depth_offset}
     processor = DepthImageProcessorPil(**shown, **known, depth_range=(0.0, 2 * args.max_depth))
-    return tuple(DepthDataset(pair_samples(DepthFolderSamples, data, part), processor) for part in parts)
+    return tuple(DepthDataset(DepthFolderSamples(*place_of_part(data, part)), processor) for part in parts)
 
 
 def image_task(args: argparse.Namespace, encoders: list, candidates: list):

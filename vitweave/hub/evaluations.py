@@ -24,6 +24,7 @@ from vitweave.training.depth_data import DepthDataset
 from vitweave.training.depth_evaluation import evaluate_depth
 from vitweave.training.modality_data import ModalityDataset, ModalityFolder
 from vitweave.training.modality_evaluation import evaluate_modalities
+from vitweave.training.paired_data import place_of_part
 from vitweave.training.retrieval_data import RetrievalDataset
 from vitweave.training.retrieval_evaluation import evaluate_retrieval
 from vitweave.training.retrieval_records import open_records
@@ -34,12 +35,6 @@ from vitweave.training.translation_evaluation import evaluate_translation
 
 ONE_BY_ONE = 1  # images of a data set may differ in size
 NAME = re.compile(r"[\w-]+")  # of what lies in the data's folder, never a path
-
-
-def part(data: Path, split: str) -> tuple[Path, Path | None]:
-    """The folder of a part, and the file with its names where all parts share one folder."""
-    names = data / f"{split}.txt"
-    return (data, names) if names.is_file() else (data / split, None)
 
 
 def check_names(names: Iterable[str]) -> list[str]:
@@ -69,7 +64,7 @@ class Segmentation(Windowed):
     """Class maps of pictures."""
 
     def __call__(self, model: PreTrainedModel, processor, data: Path, split: str) -> dict:
-        folder, names = part(data, split)
+        folder, names = place_of_part(data, split)
         dataset = SegmentationDataset.from_folder(folder, processor, names=names, num_labels=model.config.num_labels)
         return evaluate_segmentation(model, dataset, ONE_BY_ONE, self.window, self.stride)
 
@@ -82,7 +77,7 @@ class ModalitySegmentation:
     keep: list[str] | None = None  # the modalities that are not hidden
 
     def __call__(self, model: PreTrainedModel, processor, data: Path, split: str) -> dict:
-        folder, names = part(data, split)
+        folder, names = place_of_part(data, split)
         samples = ModalityFolder(folder, check_names(processor.modalities), names=names)
         return evaluate_modalities(model, ModalityDataset(samples, processor, keep=self.keep), self.keep, ONE_BY_ONE)
 
@@ -100,7 +95,7 @@ class ImageToImage:
         read_sensor(self.sensor, self.target)
 
     def __call__(self, model: PreTrainedModel, processor, data: Path, split: str) -> dict:
-        folder, names = part(data, split)
+        folder, names = place_of_part(data, split)
         folders = check_names([*processor.modalities, self.target])
         samples = ModalityFolder(folder, folders, label_folder=None, names=names)
         return evaluate_translation(model, TranslationDataset(samples, processor, self.target, self.sensor), ONE_BY_ONE)
@@ -114,7 +109,7 @@ class Depth(Windowed):
     protocol: str = "nyu_eigen"
 
     def __call__(self, model: PreTrainedModel, processor, data: Path, split: str) -> dict:
-        folder, names = part(data, split)
+        folder, names = place_of_part(data, split)
         dataset = DepthDataset.from_folder(folder, processor, names=names)
         return evaluate_depth(model, dataset, batch_size=ONE_BY_ONE, **dataclasses.asdict(self))
 

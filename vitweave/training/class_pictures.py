@@ -7,6 +7,8 @@ import PIL.Image
 import torch
 from PIL import ImageDraw, ImageFont
 
+from vitweave.training.pictures import evenly_spread
+
 RIGHT, WRONG, GROUND = (30, 130, 60), (200, 40, 40), (255, 255, 255)
 LINE = 14  # pixels of one line of text
 
@@ -29,8 +31,7 @@ def write_predictions(path: str | Path, model, dataset, count: int = 32) -> None
         dataset: an `ImageClassificationDataset` without augmentation.
     """
     model.eval()
-    count = min(count, len(dataset))
-    rows = [index * len(dataset) // count for index in range(count)]
+    rows = evenly_spread(len(dataset), count)
     names, pictures, truths, predictions, scores = model.config.id2label, [], [], [], []
     for index in rows:
         item = dataset[index]

@@ -5,10 +5,11 @@ from pathlib import Path
 import PIL.Image
 import torch
 from PIL import ImageDraw
+from transformers.image_transforms import center_to_corners_format
 
 from vitweave.training.detection_data import DetectionDataset
 from vitweave.training.modes import evaluating
-from vitweave.training.pictures import class_colours, legend, picture_row, stack_rows
+from vitweave.training.pictures import class_colours, evenly_spread, picture_row, write_titled
 
 
 def boxed(picture: PIL.Image.Image, boxes: torch.Tensor, labels: torch.Tensor, colours) -> PIL.Image.Image:
@@ -32,13 +33,11 @@ def write_detections(
         threshold: of the score, from which on a box is drawn.
         height: of a row, in pixels.
     """
-    colours, count, rows = class_colours(model.config.num_labels + 1), min(count, len(dataset)), []
-    for index in (row * len(dataset) // count for row in range(count)):
+    colours, rows = class_colours(model.config.num_labels + 1), []
+    for index in evenly_spread(len(dataset), count):
         item, picture = dataset[index], dataset.samples[index][dataset.image_column]
         picture = picture if isinstance(picture, PIL.Image.Image) else PIL.Image.fromarray(picture)
-        size = torch.tensor([picture.width, picture.height])
-        middle, sides = item["labels"]["boxes"].view(-1, 2, 2).unbind(1)
-        true = torch.cat([(middle - sides / 2) * size, (middle + sides / 2) * size], dim=1)
+        true = center_to_corners_format(item["labels"]["boxes"]) * torch.tensor(picture.size * 2)
         with evaluating(model):
             outputs = model(pixel_values=item["pixel_values"][None].to(model.device, model.dtype))
         (found,) = dataset.processor.post_process_object_detection(
@@ -47,6 +46,5 @@ def write_detections(
         columns = [boxed(picture, true, item["labels"]["class_labels"], colours)]
         columns.append(boxed(picture, found["boxes"].cpu(), found["labels"].cpu(), colours))
         rows.append(picture_row(picture, columns, height, 4))
-    width = (rows[0].width + 4) // 3 - 4
     names = ["picture", "true", f"found, score from {threshold:g}"]
-    stack_rows([*rows, legend(width, [(name, None) for name in names], 14, 4)], 4).save(path)
+    write_titled(path, rows, [(name, None) for name in names], 14, 4)

@@ -22,6 +22,12 @@ def open_picture(path: Path) -> PIL.Image.Image:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
 
+def place_of_part(data: Path, part: str) -> tuple[Path, Path | None]:
+    """The folder of a part of a data set, and the file with its names where all parts share one folder."""
+    names = data / f"{part}.txt"
+    return (data, names) if names.is_file() else (data / part, None)
+
+
 class PairedFolder(Sequence):
     """Pairs of files with one name in two folders, sorted by name.
 

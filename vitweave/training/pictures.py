@@ -48,6 +48,12 @@ def write_prediction_rows(
     stack_rows(rows, gap).save(path)
 
 
+def evenly_spread(length: int, count: int) -> list[int]:
+    """`count` of the indices below `length`, or all of them where there are fewer."""
+    count = min(count, length)
+    return [place * length // count for place in range(count)]
+
+
 def picture_row(image: PIL.Image.Image, painted: list[PIL.Image.Image], height: int, gap: int) -> PIL.Image.Image:
     """An image and painted maps of it side by side, `height` pixels high."""
     width = max(1, round(image.width * height / image.height))
@@ -129,6 +135,15 @@ def legend(width: int, columns: list[tuple[str, np.ndarray | None]], height: int
     return line
 
 
+def write_titled(
+    path: str | Path, rows: list[PIL.Image.Image], columns: list[tuple[str, np.ndarray | None]], height: int, gap: int
+) -> None:
+    """Write rows of columns of one width, with a `legend` of that height below them."""
+    sheet = stack_rows(rows, gap)
+    width = (rows[0].width + gap) // len(columns) - gap
+    stack_rows([sheet, legend(width, columns, height, gap)], gap).save(path)
+
+
 def write_depth_rows(
     path: str | Path, images: list, truths: list, predictions: list, height: int = 192, gap: int = 4
 ) -> None:
@@ -157,9 +172,7 @@ def write_depth_rows(
             colour_depth(error, mask, (0, MAX_ERROR), ERROR_COLOURS),
         ]
         rows.append(picture_row(image, painted, height, gap))
-    sheet = stack_rows(rows, gap)
     depth = f"{limits[0]:.2f} to {limits[1]:.2f} m"
     columns = [("image", None), (f"measured, {depth}", DEPTH_COLOURS), (f"predicted, {depth}", DEPTH_COLOURS)]
     columns.append((f"relative error, 0 to {MAX_ERROR}", ERROR_COLOURS))
-    width = (rows[0].width + gap) // 4 - gap
-    stack_rows([sheet, legend(width, columns, 26, gap)], gap).save(path)
+    write_titled(path, rows, columns, 26, gap)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vitweave.training.modes import evaluating
-from vitweave.training.pictures import legend, picture_row, stack_rows
+from vitweave.training.pictures import evenly_spread, picture_row, write_titled
 from vitweave.training.translation_data import TranslationDataset, signed, target_processor
 
 
@@ -30,16 +30,15 @@ def write_translations(
         dataset: without augmentation; `count` scenes are taken, spread evenly.
         height: of a row, in pixels.
     """
-    steps, count = dataset.processor, min(count, len(dataset))
+    steps = dataset.processor
     shown = {name: target_processor(name, sensor, steps) for name, sensor in steps.modalities.items()}
     rows = []
-    for index in (row * len(dataset) // count for row in range(count)):
+    for index in evenly_spread(len(dataset), count):
         item, sample = dataset[index], dataset.samples[index]
         with evaluating(model):
             pixel_values = item["pixel_values"][None].to(model.device, model.dtype)
-            drawn = (
-                model(pixel_values, modality_mask=item["modality_mask"][None].to(model.device)).reconstruction[0].cpu()
-            )
+            mask = item["modality_mask"][None].to(model.device)
+            drawn = model(pixel_values, modality_mask=mask).reconstruction[0].cpu()
         images, seen = sample.get("images", sample), []
         for name, one in shown.items():
             present = images.get(name) is not None
@@ -47,5 +46,4 @@ def write_translations(
         first, *others = [painted(image) for image in (*seen, drawn, item["labels"])]
         rows.append(picture_row(first, others, height, gap))
     columns = [*shown, f"{dataset.target}, drawn", f"{dataset.target}, real"]
-    width = (rows[0].width + gap) // len(columns) - gap
-    stack_rows([*rows, legend(width, [(name, None) for name in columns], 14, gap)], gap).save(path)
+    write_titled(path, rows, [(name, None) for name in columns], 14, gap)
