@@ -1,7 +1,7 @@
 """Train a model that draws the image of one sensor from those of others, fused inside the blocks of one encoder.
 
     python examples/train_translation.py --tiny
-    python examples/train_translation.py --data nyu/ --modalities rgb --target depth --steps 20000
+    python examples/train_translation.py --data nyu/ --modalities rgb --target depth --encoder facebook/dinov2-base
     python examples/train_translation.py --data scenes/ --modalities shade texture --target rgb --adversarial
 
 A folder holds a folder per modality and one of the target, with files of one name, and `train.txt` and `val.txt`
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-from transformers import HfArgumentParser, SegformerConfig, set_seed
+from transformers import AutoImageProcessor, HfArgumentParser, SegformerConfig, set_seed
 
 from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 from vitweave.hub.run_card import save_run_card
@@ -52,7 +52,8 @@ class Arguments:
     modalities: list[str] = field(default_factory=lambda: ["rgb"], metadata={"help": "what the model sees"})
     target: str = field(default="depth", metadata={"help": "what it draws"})
     sensors: str = field(default="{}", metadata={"help": "JSON: modality -> its encoding, where the names do not tell"})
-    encoder: str = field(default="", metadata={"help": "a SegFormer (folder or id); empty: TokenFusion's, anew"})
+    encoder: str = field(default="", metadata={"help": "a ViT, SegFormer or Swin (folder or id); empty: TokenFusion's"})
+    decoder_size: int = field(default=256, metadata={"help": "channels of the decoder over a ViT or Swin"})
     stream: str = field(default="{}", metadata={"help": "JSON: fields of SegformerConfig, of an encoder made anew"})
     fusion: str = field(default="token_exchange", metadata={"help": "or none", "choices": ["none", *MODALITY_FUSIONS]})
     fusion_options: str = field(default="{}", metadata={"help": "JSON"})
@@ -65,6 +66,7 @@ class Arguments:
     batch_size: int = 4
     bf16: bool = field(default=False, metadata={"help": "train in bfloat16 where that is safe"})
     lr: float = 2e-4
+    encoder_lr_scale: float = field(default=1.0, metadata={"help": "of a pretrained encoder, e.g. 0.1"})
     seed: int = 0
     out: str = "runs/translation"
     resume: bool = False
@@ -104,7 +106,11 @@ def main() -> dict[str, float]:
     # 1. What the sensors mean, and what is to be drawn
     known = {"rgb": {"encoding": "rgb"}, "depth": DEPTH} | json.loads(args.sensors)
     sensors = {name: known.get(name, {"encoding": "picture"}) for name in [*args.modalities, args.target]}
-    shown = {name: sensors[name] for name in args.modalities}
+    look = {}
+    if args.encoder:  # every sensor in the range in which the encoder has learnt to see
+        pictures = AutoImageProcessor.from_pretrained(args.encoder)
+        look = {"mean": pictures.image_mean, "std": pictures.image_std}
+    shown = {name: look | sensors[name] for name in args.modalities}
     processor = ModalityImageProcessorPil(shown, size={"height": args.size[0], "width": args.size[1]})
 
     def part(name: str, augmentation=None) -> TranslationDataset:
@@ -114,13 +120,14 @@ def main() -> dict[str, float]:
 
     train, val = part("train", ModalityAugmentation(crop_size=tuple(args.crop), seed=args.seed)), part("val")
 
-    # 2. One encoder for all sensors and its mirror image, with the fusion in the last block of every stage
+    # 2. One encoder for all sensors, with the fusion in the last block of every stage, and a decoder
     options = {
         "modalities": args.modalities,
         "fusion_type": None if args.fusion == "none" or len(args.modalities) == 1 else args.fusion,
         "fusion_options": json.loads(args.fusion_options),
         "modality_dropout": args.modality_dropout,
         "penalty_weight": 0.0 if args.tiny else 1e-3,
+        "decoder_hidden_size": args.decoder_size,
     }
     if args.encoder:
         model = ModalityFusionForImageToImage.from_encoder(args.encoder, **options)
@@ -132,6 +139,7 @@ def main() -> dict[str, float]:
     # 3. Train, keep the best checkpoint by the mean absolute error, look at what it draws, and tell it, on its card too
     arguments = {"max_steps": args.steps, "save_strategy": "steps", "save_steps": args.eval_every, "seed": args.seed}
     arguments |= {"learning_rate": args.lr, "per_device_train_batch_size": args.batch_size, "bf16": args.bf16}
+    arguments |= {"encoder_lr_scale": args.encoder_lr_scale}
     metrics = train_translation(model, train, val, processor, args.out, args.resume, args.adversarial, **arguments)
     write_translations(Path(args.out, "drawn.png"), model, val)
     metrics |= evaluate_translation(model, val, args.batch_size)

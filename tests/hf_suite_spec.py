@@ -404,8 +404,8 @@ def tiny_swin() -> SwinConfig:
     return SwinConfig(image_size=32, patch_size=4, **sizes, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
 
 
-def translation(name: str, **options) -> ModelSuiteSpec:
-    common = modality_fusion(name, tiny_mit, **options)
+def translation(name: str, stream=tiny_mit, **options) -> ModelSuiteSpec:
+    common = modality_fusion(name, stream, **options)
 
     def images(config, inputs: dict) -> dict:
         return {"labels": inputs["pixel_values"][:, 1]}
@@ -489,6 +489,8 @@ def specs() -> list[ModelSuiteSpec]:
         modality_fusion("modality_fusion_vit", tiny_dinov2, fusion_type="gemini"),
         modality_fusion("modality_fusion_specialized_vit", tiny_vit, fusion_type="cross_attention"),
         translation("modality_fusion_translation", fusion_type="token_exchange"),
+        translation("modality_fusion_translation_swin", tiny_swin, fusion_type="gemini"),
+        translation("modality_fusion_translation_vit", tiny_dinov2, fusion_type="token_exchange"),
         multi_encoder("multi_encoder_vision"),
         multi_encoder("multi_encoder_maps", backbone=True),
         vlm("multi_encoder_vlm"),

@@ -1,7 +1,7 @@
 """Tiny generators of images from several sensors."""
 
 import torch
-from transformers import SegformerConfig, set_seed
+from transformers import SegformerConfig, SwinConfig, ViTConfig, set_seed
 
 from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 from vitweave.modeling.modeling_modality_translation import ModalityFusionForImageToImage
@@ -26,6 +26,22 @@ def translation_config(modalities=("rgb", "depth"), stages: int = 3, **options) 
 def tiny_generator(modalities=("rgb", "depth"), **options) -> ModalityFusionForImageToImage:
     set_seed(0)
     return ModalityFusionForImageToImage(translation_config(modalities, **options)).eval()
+
+
+PYRAMIDS = {  # encoders that cannot be run backwards
+    "swin": lambda: SwinConfig(embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4, drop_path_rate=0.0),
+    "vit": lambda: ViTConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, patch_size=4, image_size=32
+    ),
+}
+
+
+def pyramid_generator(stream: str, modalities=("rgb", "depth"), **options) -> ModalityFusionForImageToImage:
+    """Over a Swin of two stages or a ViT of four."""
+    set_seed(0)
+    options = {"fusion_type": "token_exchange", "decoder_hidden_size": 16} | options
+    config = ModalityFusionConfig(modalities=list(modalities), stream_config=PYRAMIDS[stream](), **options)
+    return ModalityFusionForImageToImage(config).eval()
 
 
 def sensor_images(batch=2, modalities=2, size=(32, 48), seed=0) -> torch.Tensor:

@@ -17,6 +17,7 @@ from vitweave.configuration.configuration_dense_predictor import DensePredictorC
 from vitweave.configuration.configuration_eva02_det import Eva02DetConfig
 from vitweave.configuration.configuration_image_text_retriever import ImageTextRetrieverConfig
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
+from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 from vitweave.configuration.configuration_multi_encoder import MultiEncoderConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_dense_predictor import DensePredictorForSemanticSegmentation
@@ -204,6 +205,10 @@ SUBJECTS = {
         lambda **changes: mit_fusion(**{"modalities": 3, "auxiliary": "max", "num_labels": 3} | changes),
     ),
     "translator": Subject(ModalityFusionForImageToImage, mit_fusion),
+    "translator-vit": Subject(
+        ModalityFusionForImageToImage,
+        lambda **changes: ModalityFusionConfig(stream_config=dinov2(), **{"decoder_hidden_size": 16} | changes),
+    ),
     "retriever": Subject(ImageTextRetrieverModel, retriever(vit), unread=DEEPEST_PATCHES),
     "retriever-local": Subject(
         ImageTextRetrieverModel,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from distributed_heads import dense, vit
+from modality_translators import pyramid_generator
 from retrieval_models import retriever
 from tiny_modality_models import aligned, mit_fusion
 from torch import Tensor, nn
@@ -63,6 +64,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "multi-encoder": tower,
     "modality-fusion": lambda: ModalityFusionForSemanticSegmentation(mit_fusion()),
     "modality-translation": translator,
+    "modality-translation-vit": lambda: pyramid_generator("vit"),
     "segmentation": lambda: DensePredictorForSemanticSegmentation(dense("linear")),
     "depth": lambda: DensePredictorForDepthEstimation(dense("dpt")),
     "retriever-vision": lambda: VisionSide(retriever()),

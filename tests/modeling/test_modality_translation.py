@@ -4,9 +4,16 @@ import copy
 
 import pytest
 import torch
-from modality_translators import sensor_images, target_images, tiny_generator, translation_config
+from modality_translators import (
+    PYRAMIDS,
+    pyramid_generator,
+    sensor_images,
+    target_images,
+    tiny_generator,
+    translation_config,
+)
 from model_checks import check_saved_and_loaded_equal
-from transformers import AutoModelForImageToImage, SegformerConfig, SegformerModel, SwinConfig, set_seed
+from transformers import AutoModel, AutoModelForImageToImage, SegformerConfig, SegformerModel, set_seed
 
 from vitweave.configuration.configuration_modality_fusion import ModalityFusionConfig
 from vitweave.modeling.modeling_modality_translation import (
@@ -155,8 +162,10 @@ def test_a_pretrained_encoder_draws_too():
 
 
 def test_what_cannot_be_built_or_drawn_is_refused():
-    with pytest.raises(ValueError, match="built from MiT stages"):
-        ModalityFusionForImageToImage(ModalityFusionConfig(stream_config=SwinConfig()))
+    with pytest.raises(ValueError, match="drawn over its own pixels"):
+        pyramid_generator("vit", ("rgb", "depth", "event"), auxiliary="max")
+    with pytest.raises(ValueError, match=r"the decoder of images.*fusion_size"):
+        pyramid_generator("vit", decoder_options={"fusion_size": 8})
     odd = SegformerConfig(hidden_sizes=[34, 32, 64, 64], num_attention_heads=[1, 1, 2, 2])
     with pytest.raises(ValueError, match="cannot be taken back"):
         ModalityFusionForImageToImage(ModalityFusionConfig(stream_config=odd, fusion_type=None))
@@ -164,6 +173,93 @@ def test_what_cannot_be_built_or_drawn_is_refused():
         tiny_generator()(sensor_images(), labels=target_images(size=(16, 16)))
     with pytest.raises(ValueError, match="auxiliary"):
         ModalityAdversarialTranslator(translation_config(("rgb", "depth", "event"), auxiliary="max"))
+
+
+# Over encoders that cannot be run backwards ---------------------------------------------------------------------------
+
+every_pyramid = pytest.mark.parametrize("stream", PYRAMIDS)
+
+
+@every_pyramid
+@pytest.mark.parametrize("size", [(32, 48), (40, 33)])
+def test_pyramids_draw_at_the_size_of_the_sensors(stream, size):
+    if stream == "vit" and size[1] % 4:
+        size = (40, 24)  # patches fill the images of a ViT
+    model, images = pyramid_generator(stream), sensor_images(size=size)
+    output = model(images)
+    assert output.modality_reconstructions.shape == (2, 2, 3, *size)
+    assert output.reconstruction.abs().max() < 1 and output.reconstruction.std() > 0
+    assert all(name.endswith("block0") for name in model.exchange_ratios) and model.config.fusion_blocks[0] == 1
+    torch.testing.assert_close(model(images.flatten(1, 2)).reconstruction, output.reconstruction)  # side by side
+    alone = model(images[1:]).reconstruction
+    torch.testing.assert_close(alone, output.reconstruction[1:], atol=2e-6, rtol=0)
+
+
+@every_pyramid
+def test_pyramids_do_not_read_an_absent_sensor(stream):
+    model = pyramid_generator(stream, fusion_type="gemini")
+    mask, images, found = torch.tensor([[True, False], [True, True]]), sensor_images(), []
+    for content in (0.5, float("nan")):
+        images[0, 1] = content
+        model.zero_grad()
+        output = model(images, mask, target_images())
+        output.loss.backward()
+        gradients = [part.grad for part in model.parameters() if part.grad is not None]
+        found.append([output.reconstruction, output.modality_reconstructions, output.loss, *gradients])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    assert not found[0][1][0, 1].any() and found[0][1][0, 0].any()
+
+
+@every_pyramid
+def test_pyramids_learn_with_every_parameter(stream):
+    model, images = pyramid_generator(stream, fusion_type="gemini"), sensor_images()
+    labels = images.mean(dim=1).tanh()
+    optimizer = torch.optim.Adam(model.train().parameters(), lr=5e-3)
+    losses = []
+    for step in range(40):
+        optimizer.zero_grad()
+        loss = model(images, labels=labels).loss
+        loss.backward()
+        if step == 1:  # the fusion starts as the identity
+            idle = [name for name, part in model.named_parameters() if part.grad is None or not part.grad.any()]
+            shifts = ("k_proj.bias", "in_proj_bias")
+            assert all(name.endswith(shifts) for name in idle), idle
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+
+
+@every_pyramid
+def test_pyramids_are_saved_halved_and_compiled(stream, tmp_path):
+    model, images = pyramid_generator(stream, fusion_type="gemini"), sensor_images()
+    loaded = check_saved_and_loaded_equal(model, tmp_path)
+    assert torch.equal(loaded.eval()(images).reconstruction, model(images).reconstruction)
+    assert torch.equal(AutoModelForImageToImage.from_pretrained(tmp_path).eval()(images)[0], model(images)[0])
+    half = copy.deepcopy(model).to(torch.bfloat16)(images.bfloat16()).reconstruction
+    assert (half.float() - model(images).reconstruction).abs().mean() < 0.05
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images).reconstruction, model(images).reconstruction)
+
+
+@every_pyramid
+def test_a_pretrained_encoder_becomes_a_pyramid(stream):
+    set_seed(0)
+    encoder = AutoModel.from_config(PYRAMIDS[stream]())
+    options = {"modalities": ["thermal"], "fusion_type": None, "decoder_hidden_size": 16}
+    model = ModalityFusionForImageToImage.from_encoder(encoder, **options).eval()
+    own, theirs = ([t for t in each.state_dict().values() if t.ndim == 4] for each in (model, encoder))
+    assert any(torch.equal(one, two) for one in own for two in theirs if one.shape == two.shape)  # embeds patches
+    assert model(sensor_images(modalities=1)).reconstruction.shape == (2, 3, 32, 48)
+
+
+@every_pyramid
+def test_pyramids_train_against_a_discriminator(stream):
+    both = ModalityAdversarialTranslator.around(pyramid_generator(stream)).train()
+    loss = both(sensor_images(), labels=target_images()).loss
+    loss.backward()
+    assert loss.isfinite() and both.discriminator.score.weight.grad.any()
+    assert not any(part.fusion for part in both.discriminator.streams.stages)
 
 
 # Discriminator --------------------------------------------------------------------------------------------------------

@@ -38,9 +38,10 @@ class ModalityFusionConfig(BackboneConfigMixin, VitweaveConfig):
         modality_dropout: probability in training that a modality of an image is left out; at least one stays.
         penalty_weight: of what the fusion asks to be added to the loss.
         reconstruction_weight: of the mean absolute error in the loss of an image-to-image model.
-        decoder_hidden_size, decoder_dropout: of the MLP decoder over the stages.
+        decoder_hidden_size, decoder_dropout: of the MLP decoder over the stages; the former is also the width of the
+            neck with which an image-to-image model draws over a Swin or a ViT.
         decoder_frozen_norm: the decoder's batch norm keeps its statistics, mean 0 and variance 1 at the start.
-        decoder_options: further arguments of `MlpHead`.
+        decoder_options: further arguments of `MlpHead`, or of the `DptNeck` of such an image-to-image model.
         ensemble: how the logits of the modalities are averaged: by "trained" weights, or their "mean".
         merge: of a backbone, how the maps of the streams become one: "mean", or "concat" along the channels.
         losses: name of a loss -> its weight in the sum, see `vitweave/modeling/losses.py`; None is cross-entropy.

@@ -74,9 +74,9 @@ class TranslationDecoder(nn.Module):
         self.up = UpStep(width, width, stream.strides[0])
         self.project = nn.Conv2d(width, stream.num_channels, kernel_size=1)  # small at first: tanh has a slope
 
-    def forward(self, output: StreamOutput, size: tuple[int, int]) -> Tensor:
-        """Images (streams, batch, channels, *size); of an absent stream 0."""
-        maps = output.maps[-1]
+    def forward(self, output: StreamOutput, pixel_values: Tensor) -> Tensor:
+        """Images (streams, batch, channels, height, width) of the sensors' size; of an absent stream 0."""
+        maps, size = output.maps[-1], (pixel_values.shape[-2], pixel_values.shape[-1])
         for stage, skip in zip(self.stages, reversed(output.maps[:-1]), strict=True):
             maps = stage(maps, skip)
         images = self.project(self.up(maps, size).flatten(0, 1)).tanh().unflatten(0, maps.shape[:2])

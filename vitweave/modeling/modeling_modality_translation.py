@@ -15,9 +15,12 @@ from vitweave.configuration.configuration_modality_fusion import ModalityFusionC
 from vitweave.modeling.ensemble import ModalityEnsemble
 from vitweave.modeling.modality_inputs import check_modalities
 from vitweave.modeling.modality_streams.block_fusions import acts_on_stages
-from vitweave.modeling.modality_streams.mit import MitStreams
+from vitweave.modeling.modality_streams.registry import build_streams
 from vitweave.modeling.modality_translation import TranslationDecoder, mean_where
 from vitweave.modeling.modeling_modality_fusion import ModalityFusionModel, ModalityFusionPreTrainedModel
+from vitweave.modeling.pyramid_translation import PyramidTranslationDecoder
+
+DECODER_PARTS = ("TranslationStage", "PyramidTranslationDecoder")  # each as a whole on one device
 
 
 @dataclass
@@ -32,21 +35,17 @@ class ModalityTranslationOutput(ImageSuperResolutionOutput):
     penalty: Tensor | None = None
 
 
-def require_mit(config: ModalityFusionConfig, name: str) -> None:
-    """Refuse encoders whose stages cannot be run backwards."""
-    if config.stream != "mit":
-        raise ValueError(
-            f"{name} is built from MiT stages: expected a SegformerConfig as stream_config, got"
-            f" {config.stream_config.model_type!r}"
-        )
-
-
 class ModalityFusionForImageToImage(ModalityFusionPreTrainedModel):
-    """The generator of TokenFusion (section 4.1 of arXiv:2204.08721): an encoder of all sensors and its mirror image.
+    """An encoder of all sensors, and a decoder that draws an image of each of its streams.
 
-    The released one has five stages of stride 2, kernels of 3, widths 64 to 1024, depths 3, 4, 4, 6, 3, `sr_ratios` 16,
-    8, 4, 2, 1, and exchanges tokens in the last block of every stage: a `SegformerConfig` with these as stream_config,
+    Over a MiT that is the generator of TokenFusion (section 4.1 of arXiv:2204.08721): the encoder's mirror image. The
+    released one has five stages of stride 2, kernels of 3, widths 64 to 1024, depths 3, 4, 4, 6, 3, `sr_ratios` 16, 8,
+    4, 2, 1, and exchanges tokens in the last block of every stage: a `SegformerConfig` with these as stream_config,
     `fusion_type="token_exchange"`, `penalty_weight=1e-3`. Any other MiT does, a pretrained one of four stages too.
+
+    Over a Swin or a plain ViT, which cannot be run backwards, it is the neck of DPT and the sensors' pixels, see
+    `PyramidTranslationDecoder`.
+
     Where `config.fusion_blocks` is None, the last block of every encoder stage fuses.
 
     The loss is `config.reconstruction_weight` (100) times the sum over the streams and the ensemble of the mean
@@ -54,18 +53,19 @@ class ModalityFusionForImageToImage(ModalityFusionPreTrainedModel):
     loss.
     """
 
-    _no_split_modules = ["MitStage", "TranslationStage"]
+    _no_split_modules = [*ModalityFusionPreTrainedModel._no_split_modules, *DECODER_PARTS]
 
     def __init__(self, config: ModalityFusionConfig):
-        require_mit(config, "ModalityFusionForImageToImage")
         if config.fusion_blocks is None and not acts_on_stages(config):
             config = copy.deepcopy(config)  # the caller's may serve another model
-            config.fusion_blocks = [1] * len(config.stream_config.depths)
+            config.fusion_blocks = [1] * len(config.stage_names)
         super().__init__(config)
         self.modality_fusion = ModalityFusionModel(config)
         if self.modality_fusion.streams.makes_map:
             raise ValueError('every stream is drawn by itself, but fuse="map" makes one map of all; take fuse="add"')
-        self.decoder = TranslationDecoder(config)
+        channels = self.modality_fusion.streams.channels
+        mirrored = config.stream == "mit"
+        self.decoder = TranslationDecoder(config) if mirrored else PyramidTranslationDecoder(config, channels)
         self.ensemble = ModalityEnsemble(config.num_streams, trained=config.ensemble == "trained")
         self.post_init()
 
@@ -93,7 +93,7 @@ class ModalityFusionForImageToImage(ModalityFusionPreTrainedModel):
         """
         check_target(labels, pixel_values)
         output = self.modality_fusion.run_streams(pixel_values, modality_mask)
-        images = self.decoder(output, (pixel_values.shape[-2], pixel_values.shape[-1]))
+        images = self.decoder(output, pixel_values)
         ensemble = self.ensemble(images, output.present)
         loss = None if labels is None else self.loss(images, ensemble, labels, output.present, output.penalty)
         return ModalityTranslationOutput(
@@ -143,16 +143,13 @@ class ModalityDiscriminator(ModalityFusionPreTrainedModel):
         config: of the generator, or with other sizes.
     """
 
-    _no_split_modules = ["MitStage"]
-
     def __init__(self, config: ModalityFusionConfig):
-        require_mit(config, "ModalityDiscriminator")
         super().__init__(config)
         paired = copy.deepcopy(config)
         paired.stream_config.num_channels = 2 * config.num_channels
         paired.fusion_type, paired.auxiliary = None, "pairwise"
-        self.streams = MitStreams(paired)
-        self.score = nn.Conv2d(config.stream_config.hidden_sizes[-1], 1, kernel_size=1)
+        self.streams = build_streams(paired)
+        self.score = nn.Conv2d(self.streams.channels[-1], 1, kernel_size=1)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -204,7 +201,7 @@ class ModalityAdversarialTranslator(ModalityFusionPreTrainedModel):
     """
 
     supports_gradient_checkpointing = False
-    _no_split_modules = ["MitStage", "TranslationStage"]
+    _no_split_modules = ModalityFusionForImageToImage._no_split_modules
     discriminator_weight = 0.5
 
     def __init__(self, config: ModalityFusionConfig):
@@ -214,6 +211,11 @@ class ModalityAdversarialTranslator(ModalityFusionPreTrainedModel):
         self.generator = ModalityFusionForImageToImage(config)
         self.discriminator = ModalityDiscriminator(config)
         self.post_init()
+
+    @property
+    def vision_encoder(self) -> ModalityFusionModel:
+        """The generator's, which recipes may train at a rate of its own."""
+        return self.generator.modality_fusion
 
     @can_return_tuple
     def forward(

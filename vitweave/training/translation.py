@@ -19,6 +19,7 @@ def train_translation(
     adversarial: bool = False,
     distances: ImageDistances | None = None,
     callbacks=(),
+    encoder_lr_scale: float = 1.0,
     **arguments,
 ) -> dict[str, float]:
     """Train, keep the checkpoint with the lowest MAE, save it to `output_dir`, and return its metrics.
@@ -32,6 +33,7 @@ def train_translation(
             too. Adam's betas are 0.5 and 0.999 then, and gradients are not clipped. The model saved to `output_dir` at
             the end is the generator alone.
         distances: adds fid and kid to the figures, e.g. `ImageDistances(EncoderFeatures("facebook/dinov2-base"))`.
+        encoder_lr_scale: the encoder's learning rate as a multiple of `learning_rate`; 0.1 suits a pretrained one.
         arguments: fields of `TrainingArguments` (max_steps, num_train_epochs, learning_rate, seed, ...), which replace
             the defaults of `run_arguments`; the learning rate is 2e-4.
 
@@ -56,7 +58,8 @@ def train_translation(
         processor,
         TranslationMetrics(distances),
         drawn_images,
-        callbacks=callbacks,
+        encoder_lr_scale,
+        callbacks,
     )
     metrics = run(trainer, checkpoint)
     if adversarial and trainer.args.should_save:
