@@ -19,7 +19,7 @@ def test_layer_sets():
     ]
     assert layer_sets(VIT, ["12,6", "middle_last", "5", "singles"])[:3] == [(6, 12), (5,), (1,)]
     assert len(layer_sets(VIT, ["singles"])) == 12
-    for wrong in ("halves", "0,3", "12,13"):
+    for wrong in ("halves", "0,3", "12,13", "3,x", "3,"):
         with pytest.raises(ValueError, match=r"unknown layer preset|layers of one width"):
             layer_sets(VIT, [wrong])
 

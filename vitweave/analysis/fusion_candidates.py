@@ -83,8 +83,9 @@ def layer_sets(config: PreTrainedConfig, choices: Sequence[str]) -> list[tuple[i
         elif choice == "middle_last":
             sets.append(tuple(sorted({known[(len(known) - 1) // 2], known[-1]})))
         elif "," in choice or choice.isdigit():
-            layers = tuple(sorted({int(part) for part in choice.split(",")}))
-            if not set(layers) <= set(known):
+            parts = [part.strip() for part in choice.split(",")]
+            layers = tuple(sorted({int(part) for part in parts if part.isdigit()}))
+            if not all(part.isdigit() for part in parts) or not set(layers) <= set(known):
                 raise ValueError(f"expected layers of one width and grid, {known}, got {choice!r}")
             sets.append(layers)
         else:

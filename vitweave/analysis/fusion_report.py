@@ -1,9 +1,9 @@
 """A comparison of fusions as a table, as JSON and as a plot."""
 
-import json
 from pathlib import Path
 
 from vitweave.analysis.plots import new_figure
+from vitweave.analysis.whole_files import json_text, write_whole
 
 
 def markdown_table(rows: list[dict]) -> str:
@@ -97,7 +97,6 @@ def write_report(rows: list[dict], out: str | Path, facts: dict, plot: bool = Tr
 def write_files(rows: list[dict], out: str | Path, facts: dict, title: str, table: str) -> None:
     """comparison.json and comparison.md."""
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "comparison.json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1))
+    write_whole(out / "comparison.json", json_text({"facts": facts, "rows": rows}))
     told = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    (out / "comparison.md").write_text(f"# {title}\n\n{told}\n\n{table}\n", encoding="utf-8")
+    write_whole(out / "comparison.md", f"# {title}\n\n{told}\n\n{table}\n")

@@ -1,12 +1,12 @@
 """A search over fusions as a table with its reasons, as JSON, and as a Pareto plot."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from vitweave.analysis.fusion_report import as_table
 from vitweave.analysis.plots import AFTER, BEFORE, new_figure
+from vitweave.analysis.whole_files import json_text, write_whole
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -142,7 +142,7 @@ def write_report(found: dict, out: str | Path, facts: dict, plot: bool = True, l
         the table of the final runs.
     """
     out, table = Path(out), final_table(found)
-    (out / "search.json").write_text(json.dumps({"facts": facts, **found}, indent=1))
+    write_whole(out / "search.json", json_text({"facts": facts, **found}))
     told = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     order = "lower is better" if found["lower_is_better"] else "higher is better"
     text = [
