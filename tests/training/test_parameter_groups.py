@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from modality_translators import tiny_generator
 from torch import nn
 from transformers import (
     BertConfig,
@@ -15,6 +16,7 @@ from vitweave.configuration.configuration_image_text_retriever import ImageTextR
 from vitweave.configuration.configuration_layer_fusion import LayerFusionConfig
 from vitweave.configuration.configuration_specialized_vit import SpecializedViTConfig
 from vitweave.modeling.modeling_image_text_retriever import ImageTextRetrieverModel
+from vitweave.modeling.modeling_modality_translation import ModalityAdversarialTranslator
 from vitweave.training.parameter_groups import find_encoder, is_decayed, parameter_groups
 
 
@@ -76,6 +78,18 @@ def test_the_encoder_of_a_stock_detector_is_its_backbone():
 def test_a_bare_module_has_no_encoder():
     with pytest.raises(ValueError, match="Linear has neither a backbone"):
         find_encoder(nn.Linear(2, 2))
+
+
+def test_what_draws_images_has_an_encoder_also_beside_a_discriminator():
+    generator = tiny_generator()
+    assert find_encoder(generator) is generator.modality_fusion
+    both = ModalityAdversarialTranslator.around(generator)
+    assert find_encoder(both) is generator.modality_fusion
+    slow, fast = 1e-4, 1e-3
+    rates = {id(part): group["lr"] for group in parameter_groups(both, fast, 0.0, 0.1) for part in group["params"]}
+    embeds = generator.modality_fusion.streams.stages[0].patch_embeddings.proj.weight
+    assert rates[id(embeds)] == pytest.approx(slow)
+    assert rates[id(both.discriminator.score.weight)] == rates[id(generator.decoder.project.weight)] == fast
 
 
 def test_fusion_parameters_are_no_matrices_and_learn_like_a_head():
