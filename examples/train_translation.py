@@ -54,6 +54,7 @@ class Arguments:
     sensors: str = field(default="{}", metadata={"help": "JSON: modality -> its encoding, where the names do not tell"})
     encoder: str = field(default="", metadata={"help": "a ViT, SegFormer or Swin (folder or id); empty: TokenFusion's"})
     decoder_size: int = field(default=256, metadata={"help": "channels of the decoder over a ViT or Swin"})
+    decoder_options: str = field(default="{}", metadata={"help": "JSON: fields of DptNeck, there"})
     stream: str = field(default="{}", metadata={"help": "JSON: fields of SegformerConfig, of an encoder made anew"})
     fusion: str = field(default="token_exchange", metadata={"help": "or none", "choices": ["none", *MODALITY_FUSIONS]})
     fusion_options: str = field(default="{}", metadata={"help": "JSON"})
@@ -128,6 +129,7 @@ def main() -> dict[str, float]:
         "modality_dropout": args.modality_dropout,
         "penalty_weight": 0.0 if args.tiny else 1e-3,
         "decoder_hidden_size": args.decoder_size,
+        "decoder_options": json.loads(args.decoder_options),
     }
     if args.encoder:
         model = ModalityFusionForImageToImage.from_encoder(args.encoder, **options)
