@@ -6,7 +6,7 @@
 #   make test-floor        the fast tier on the oldest supported transformers
 #   make test-torchvision  the tests that need torchvision and timm, on the newest torch
 #   make docs              the documentation in build/site, from docs/ and the docstrings
-#   make bench             every measured table of README anew, with its peers in the same run        (40 minutes)
+#   make bench             every measured table of README anew, with its peers in the same run        (30 minutes)
 #   make lint | clean
 
 PYTHON ?= python3
