@@ -104,3 +104,13 @@ def test_a_run_is_resumed_and_leaves_the_generator(adversarial, tmp_path):
 def test_depth_is_drawn_from_heat(tmp_path):
     _, metrics = train(tmp_path, 80)
     assert metrics["mae"] < 0.1  # 0.25 is the best constant
+
+
+def test_a_model_trained_in_bfloat16_computes_in_its_own_precision_afterwards(tmp_path):
+    model, _ = train(tmp_path, 2, bf16=True)
+    assert "forward" not in model.__dict__ and "_original_forward" not in model.__dict__
+    inputs = {name: data()[0][name][None] for name in ("pixel_values", "modality_mask")}
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**inputs).reconstruction, loaded(**inputs).reconstruction)
+        assert isinstance(model(**inputs, return_dict=False), tuple)

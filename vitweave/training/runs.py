@@ -152,8 +152,22 @@ def restore_finished(trainer: Trainer, checkpoint: str) -> dict[str, float]:
     return {"train_loss": losses[-1]} if losses else {}
 
 
+def leave_autocast(model) -> None:
+    """Give a model trained in mixed precision its own forward back, which accelerate has put autocast around.
+
+    accelerate's `unwrap_model(keep_fp32_wrapper=False)` takes the forward's own decorators off as well.
+    """
+    forward = model.__dict__.pop("_original_forward", None)
+    if forward is not None:
+        del model.forward
+        if model.forward != forward:  # it was the model's own before, not its class's
+            model.forward = forward
+
+
 def run(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
     """Train from `checkpoint` or from the start, keep the best weights, save them to the run's folder, and evaluate.
+
+    Afterwards the model computes in its own precision, also where it was trained in a mixed one.
 
     Returns:
         train_loss of the steps taken by this call and, with an eval_dataset, its metrics without the prefix "eval_".
@@ -167,6 +181,7 @@ def run(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
             restore_weights(trainer.model, trainer.state.best_model_checkpoint)
     if trainer.eval_dataset is not None:
         found |= {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    leave_autocast(trainer.model)
     trainer.save_model()
     trainer.save_state()
     return found
