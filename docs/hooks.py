@@ -23,4 +23,4 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     for pattern in OUTSIDE:
         folder = pattern.rsplit("/", 1)[0]
         markdown = markdown.replace(f"](../{up}{folder}/", f"]({up}{folder}/")
-    return markdown
+    return markdown.replace("](../docs/", "](../")  # what they link to in `docs/` lies beside their folder
