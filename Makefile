@@ -6,7 +6,7 @@
 #   make test-floor        the fast tier on the oldest supported transformers
 #   make test-torchvision  the tests that need torchvision and timm, on the newest torch
 #   make docs              the documentation in build/site, from docs/ and the docstrings
-#   make bench             every measured table of README anew, with its peers in the same run        (30 minutes)
+#   make bench             every measured table and bar chart anew, with its peers in the same run    (30 minutes)
 #   make lint | clean
 
 PYTHON ?= python3
@@ -50,6 +50,7 @@ lint: .venv/stamp
 
 bench: .venv/stamp
 	.venv/bin/python benchmarks/run_all.py
+	.venv/bin/python docs/make_figures.py $(addprefix cost_,specialized layer_fusions feature_cache encoder_fusions modality_fusions)
 
 clean:
 	rm -rf .venv .venv-docs .venv-floor .venv-torchvision build dist demo demo-retrieval runs *.egg-info .pytest_cache .ruff_cache
