@@ -25,6 +25,7 @@ from vitweave.training.depth import train_depth
 from vitweave.training.depth_data import DepthDataset, DepthFolderSamples
 from vitweave.training.depth_evaluation import evaluate_depth, predict_depth
 from vitweave.training.mirrored_samples import MirroredSamples
+from vitweave.training.paired_data import place_of_part
 from vitweave.training.pictures import write_depth_rows
 from vitweave.training.synthetic_shapes import SyntheticDepth
 
@@ -60,8 +61,7 @@ class Arguments:
 
 def samples(folder: str, part: str) -> DepthFolderSamples:
     """One part of a folder, whether it has a folder or a list of names of its own."""
-    names = Path(folder, f"{part}.txt")
-    return DepthFolderSamples(folder, names) if names.is_file() else DepthFolderSamples(Path(folder, part))
+    return DepthFolderSamples(*place_of_part(Path(folder), part))
 
 
 def main() -> dict[str, float]:

@@ -152,7 +152,7 @@ def write_report(found: dict, out: str | Path, facts: dict, plot: bool = True, l
         f"## Rounds\n\n{found['metric']} on the held-out training images.\n\n{rounds_table(found)}",
         f"## Why\n\n{told_reasons(found['reasons'])}",
     ]
-    (out / "search.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    write_whole(out / "search.md", "\n\n".join(text) + "\n")
     if plot:
         plot_pareto(found, out / "search.png", limit)
     return table

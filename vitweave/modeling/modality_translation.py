@@ -75,14 +75,11 @@ class TranslationDecoder(nn.Module):
         self.project = nn.Conv2d(width, stream.num_channels, kernel_size=1)  # small at first: tanh has a slope
 
     def forward(self, output: StreamOutput, pixel_values: Tensor) -> Tensor:
-        """Images (streams, batch, channels, height, width) of the sensors' size; of an absent stream 0."""
+        """Images (streams, batch, channels, height, width) of the sensors' size."""
         maps, size = output.maps[-1], (pixel_values.shape[-2], pixel_values.shape[-1])
         for stage, skip in zip(self.stages, reversed(output.maps[:-1]), strict=True):
             maps = stage(maps, skip)
-        images = self.project(self.up(maps, size).flatten(0, 1)).tanh().unflatten(0, maps.shape[:2])
-        if output.present is not None:
-            images = images.masked_fill(~output.present[..., None, None, None], 0)
-        return images
+        return self.project(self.up(maps, size).flatten(0, 1)).tanh().unflatten(0, maps.shape[:2])
 
 
 def mean_where(values: Tensor, counted: Tensor) -> Tensor:

@@ -20,8 +20,6 @@ from vitweave.modeling.modality_translation import TranslationDecoder, mean_wher
 from vitweave.modeling.modeling_modality_fusion import ModalityFusionModel, ModalityFusionPreTrainedModel
 from vitweave.modeling.pyramid_translation import PyramidTranslationDecoder
 
-DECODER_PARTS = ("TranslationStage", "PyramidTranslationDecoder")  # each as a whole on one device
-
 
 @dataclass
 class ModalityTranslationOutput(ImageSuperResolutionOutput):
@@ -53,7 +51,10 @@ class ModalityFusionForImageToImage(ModalityFusionPreTrainedModel):
     loss.
     """
 
-    _no_split_modules = [*ModalityFusionPreTrainedModel._no_split_modules, *DECODER_PARTS]
+    _no_split_modules = [
+        *ModalityFusionPreTrainedModel._no_split_modules,
+        *("TranslationStage", "PyramidTranslationDecoder"),
+    ]
 
     def __init__(self, config: ModalityFusionConfig):
         if config.fusion_blocks is None and not acts_on_stages(config):
@@ -94,6 +95,8 @@ class ModalityFusionForImageToImage(ModalityFusionPreTrainedModel):
         check_target(labels, pixel_values)
         output = self.modality_fusion.run_streams(pixel_values, modality_mask)
         images = self.decoder(output, pixel_values)
+        if output.present is not None:
+            images = images.masked_fill(~output.present[..., None, None, None], 0)
         ensemble = self.ensemble(images, output.present)
         loss = None if labels is None else self.loss(images, ensemble, labels, output.present, output.penalty)
         return ModalityTranslationOutput(

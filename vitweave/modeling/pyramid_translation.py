@@ -8,6 +8,7 @@ from vitweave.configuration.configuration_modality_fusion import ModalityFusionC
 from vitweave.modeling.dpt_neck import DptNeck
 from vitweave.modeling.heads.base import DeepConv
 from vitweave.modeling.modality_streams.base import StreamOutput
+from vitweave.modeling.modality_streams.present import split_modalities
 from vitweave.modeling.options import check_options
 
 
@@ -39,14 +40,11 @@ class PyramidTranslationDecoder(nn.Module):
         self.project = nn.Conv2d(fine, config.num_channels, kernel_size=1)  # small at first: tanh has a slope
 
     def forward(self, output: StreamOutput, pixel_values: Tensor) -> Tensor:
-        """Images (streams, batch, channels, height, width) of the sensors' size; of an absent stream 0."""
+        """Images (streams, batch, channels, height, width) of the sensors' size."""
         size, sensors = pixel_values.shape[-2:], output.maps[0].shape[:2]
-        images = pixel_values.reshape(sensors[1], sensors[0], -1, *size).transpose(0, 1)
-        absent = None if output.present is None else ~output.present[..., None, None, None]
-        if absent is not None:
-            images = images.masked_fill(absent, 0)
+        present = None if output.present is None else output.present.transpose(0, 1)
+        images, _ = split_modalities(pixel_values.reshape(sensors[1], sensors[0], -1, *size), present)
         hidden = self.coarse(self.neck([stage_map.flatten(0, 1) for stage_map in output.maps])[-1])
         hidden = F.interpolate(hidden, size=size, mode="bilinear", align_corners=False)
         hidden = self.merge(torch.cat([hidden, self.pixels(images.flatten(0, 1))], dim=1).relu())
-        drawn = self.project(hidden.relu()).tanh().unflatten(0, sensors)
-        return drawn if absent is None else drawn.masked_fill(absent, 0)
+        return self.project(hidden.relu()).tanh().unflatten(0, sensors)
